@@ -1,0 +1,159 @@
+"""What each hook does when no mixin says otherwise: the Transformer itself, from embedding to logits.
+
+Shapes: b batch, s positions, h hidden size, d head size, t keys.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swissarmy.backbone.layer import Attention
+from swissarmy.core.errors import HookCallError
+from swissarmy.core.hooks import HookTable
+from swissarmy.nn.attention import attention
+from swissarmy.nn.masks import Mask
+
+
+def word_embedding_forward(input_ids: Tensor | None, **kw_args: Any) -> Tensor:
+    """`[b, s]` token ids to `[b, s, h]`."""
+    table = kw_args["transformer"].word_embeddings
+    if table is None or input_ids is None:
+        raise HookCallError("the model needs input_ids [b, s], and a vocabulary to look them up in.")
+    embedded: Tensor = table(input_ids)
+    return embedded
+
+
+def position_embedding_forward(position_ids: Tensor, **kw_args: Any) -> None:
+    """Adds nothing: positions are a mixin's business (learned, rotary, relative, ...)."""
+
+
+def layer_forward(hidden_states: Tensor, mask: Mask, **kw_args: Any) -> Tensor:
+    """Attention, cross-attention when the backbone has it, MLP; `[b, s, h]` to `[b, s, h]`."""
+    layer, hooks = kw_args["layer"], kw_args["hooks"]
+
+    residual = layer.attention_residual
+    change = hooks.attention_forward(residual.prepare(hidden_states), mask, **kw_args)
+    hidden_states = residual.add(hidden_states, change)
+
+    if layer.cross_attention is not None:
+        residual = layer.cross_attention_residual
+        rest = dict(kw_args)
+        encoder_outputs, cross_mask = rest.pop("encoder_outputs", None), rest.pop("cross_attention_mask", None)
+        change = hooks.cross_attention_forward(residual.prepare(hidden_states), cross_mask, encoder_outputs, **rest)
+        hidden_states = residual.add(hidden_states, change)
+
+    residual = layer.mlp_residual
+    change = hooks.mlp_forward(residual.prepare(hidden_states), **kw_args)
+    result: Tensor = residual.add(hidden_states, change)
+    return result
+
+
+def attention_forward(hidden_states: Tensor, mask: Mask, **kw_args: Any) -> Tensor:
+    """Self-attention over `[b, s, h]`."""
+    return _attend("attention", kw_args["layer"].attention, hidden_states, hidden_states, mask, False, kw_args)
+
+
+def cross_attention_forward(
+    hidden_states: Tensor, cross_attention_mask: Mask, encoder_outputs: Tensor | None, **kw_args: Any
+) -> Tensor:
+    """Attention of `[b, s, h]` over an encoder's output `[b, t, h of the encoder]`."""
+    if encoder_outputs is None:
+        raise HookCallError("the backbone has cross-attention: call it with encoder_outputs=[b, t, h].")
+    layer_attention = kw_args["layer"].cross_attention
+    return _attend(
+        "cross_attention", layer_attention, hidden_states, encoder_outputs, cross_attention_mask, True, kw_args
+    )
+
+
+def attention_fn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    dropout_fn: nn.Module,
+    cross_attention: bool = False,
+    *,
+    attention_bias: Tensor | None = None,
+    attention_softcap: float | None = None,
+    **kw_args: Any,
+) -> Tensor:
+    """The kernel. Wrappers of the stage `bias` pass it `attention_bias` (added to the scores, `[b|1, heads|1, s, t]`)
+    and `attention_softcap`.
+    """
+    block: Attention = kw_args["layer"].cross_attention if cross_attention else kw_args["layer"].attention
+    return attention(q, k, v, mask, dropout_fn, scale=block.scale, bias=attention_bias, softcap=attention_softcap)
+
+
+def mlp_forward(hidden_states: Tensor, **kw_args: Any) -> Tensor:
+    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated."""
+    mlp, linear_forward = kw_args["layer"].mlp, kw_args["hooks"].linear_forward
+    if mlp.gate is None:
+        inner = mlp.activation(linear_forward(hidden_states, mlp.up, "mlp.up", **kw_args))
+    else:
+        gate = mlp.activation(linear_forward(hidden_states, mlp.gate, "mlp.gate", **kw_args))
+        inner = gate * linear_forward(hidden_states, mlp.up, "mlp.up", **kw_args)
+    result: Tensor = linear_forward(inner, mlp.down, "mlp.down", **kw_args)
+    return result
+
+
+def routing_forward(hidden_states: Tensor, **kw_args: Any) -> None:
+    """A plain backbone has no experts to choose from."""
+    raise HookCallError("routing_forward was called, and no mixin brings experts: add sat.MixtureOfExpertsMixin.")
+
+
+def linear_forward(x: Tensor, linear: nn.Module, name: str, **kw_args: Any) -> Tensor:
+    """The projection itself."""
+    projected: Tensor = linear(x)
+    return projected
+
+
+def final_forward(hidden_states: Tensor, **kw_args: Any) -> Tensor:
+    """Logits `[b, s, vocab]`, from the word embedding or the backbone's own head."""
+    transformer = kw_args["transformer"]
+    if transformer.lm_head is not None:
+        logits: Tensor = transformer.lm_head(hidden_states)
+        return logits
+    if transformer.word_embeddings is None:
+        return hidden_states
+    return F.linear(hidden_states, transformer.word_embeddings.weight)
+
+
+DEFAULTS = HookTable(
+    word_embedding_forward=word_embedding_forward,
+    position_embedding_forward=position_embedding_forward,
+    layer_forward=layer_forward,
+    attention_forward=attention_forward,
+    cross_attention_forward=cross_attention_forward,
+    attention_fn=attention_fn,
+    mlp_forward=mlp_forward,
+    routing_forward=routing_forward,
+    linear_forward=linear_forward,
+    final_forward=final_forward,
+)
+
+
+def _attend(
+    name: str,
+    block: Attention,
+    hidden_states: Tensor,
+    source: Tensor,
+    mask: Mask,
+    cross_attention: bool,
+    kw_args: dict[str, Any],
+) -> Tensor:
+    """Project `[b, s, h]` to heads, let `attention_fn` mix them, project back."""
+    hooks = kw_args["hooks"]
+    linear_forward = hooks.linear_forward
+    q = linear_forward(hidden_states, block.query, f"{name}.query", **kw_args)
+    k = linear_forward(source, block.key, f"{name}.key", **kw_args)
+    v = linear_forward(source, block.value, f"{name}.value", **kw_args)
+    q, k, v = _heads(q, block.num_heads), _heads(k, block.num_kv_heads), _heads(v, block.num_kv_heads)
+    context = hooks.attention_fn(q, k, v, mask, block.dropout, cross_attention=cross_attention, **kw_args)
+    result: Tensor = linear_forward(context.transpose(1, 2).flatten(2), block.output, f"{name}.output", **kw_args)
+    return result
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """`[b, s, heads * d]` to `[b, heads, s, d]`."""
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)

@@ -1,0 +1,250 @@
+"""`BaseModel`: a backbone, and the mixins added to it."""
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.backbone.defaults import DEFAULTS
+from swissarmy.backbone.explain import explain_hooks
+from swissarmy.backbone.parameters import TrainableSummary, freeze_except, trainable_summary
+from swissarmy.backbone.transformer import Transformer
+from swissarmy.core.compose import accepted_keywords, resolve
+from swissarmy.core.errors import HookCallError, HookConflictError, HookDefinitionError, nearest
+from swissarmy.core.hooks import HookTable, check_hook_methods
+from swissarmy.core.mixin import BaseMixin
+from swissarmy.nn.kv_cache import KVCache
+from swissarmy.nn.masks import Causal, Full, Mask, Padding, as_mask
+
+
+class Natural(Enum):
+    """The value of an attention mask that was not given: the family's own."""
+
+    MASK = "natural"
+
+
+NATURAL: Final = Natural.MASK
+
+
+class Model(nn.Module):
+    """What a plain model and a model of parts have in common."""
+
+    source: Any = None
+    """Where the weights came from: the family and its configuration, for writing them back."""
+
+    @property
+    def parts(self) -> Mapping[str, "BaseModel"]:
+        """The models that this one is made of; empty for a plain one."""
+        return MappingProxyType({})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the parameters."""
+        return next(self.parameters()).dtype
+
+    def freeze_except(self, *patterns: str) -> Self:
+        """Train only the parameters whose names match (`"mixins.lora"`, `"*.layers.11.*"`); freeze all others."""
+        freeze_except(self, patterns)
+        return self
+
+    def trainable_summary(self) -> TrainableSummary:
+        """How many parameters train, and which; prints as a table."""
+        return trainable_summary(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model in Hugging Face's layout; `sat.load` and, for its families, `transformers` read it.
+
+        Raises:
+            CheckpointError: The folder exists and is not empty, or cannot be written.
+        """
+        from swissarmy.interop.save import save_pretrained  # upward, so at call time: loading needs no saving
+
+        save_pretrained(self, Path(folder))
+
+
+class BaseModel(Model):
+    """A Transformer: `model(input_ids)` gives `(logits, outputs of layer 0, outputs of layer 1, ...)`.
+
+    The plain backbone is causal, normalised before each sublayer, and knows no positions: these, as all else,
+    are mixins. A hook method defined on a subclass counts as its first mixin.
+    """
+
+    def __init__(self, config: TransformerConfig, mixins: Mapping[str, BaseMixin] | None = None) -> None:
+        """Make the backbone with new weights, and add `mixins` in their order."""
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.mixins = nn.ModuleDict()
+        self.checkpoint_every = 0
+        self._resolve()
+        for name, mixin in (mixins or {}).items():
+            self.add_mixin(name, mixin)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Check hook methods that are defined on a model class, as those of a mixin are."""
+        super().__init_subclass__(**options)
+        check_hook_methods(cls)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Mask | Tensor | int | Literal[Natural.MASK] | None = NATURAL,
+        *,
+        padding_mask: Tensor | None = None,
+        mems: KVCache | None = None,
+        **kw_args: Any,
+    ) -> tuple[Any, ...]:
+        """Run the model.
+
+        Args:
+            input_ids: Token ids `[b, s]`.
+            position_ids: The position of each token, `[b or 1, s]`; counted from the end of `mems` when omitted.
+            attention_mask: Omitted for the model's natural mask; `None` (full), -1 (causal), a mask, or a tensor
+                `[q, k]` or `[b|1, heads|1, q, k]` with 1 = visible.
+            padding_mask: `[b, k]`, 1 = a real token; combined with the attention mask.
+            mems: A key-value cache that a `CachedAutoRegressiveMixin` reads and extends.
+            **kw_args: Whatever the hooks of the model accept.
+
+        Returns:
+            What `final_forward` gives (logits `[b, s, vocab]`), then for each layer the dict that its hooks wrote.
+        """
+        self._check_keywords(kw_args)
+        call = {**kw_args, "input_ids": input_ids, "padding_mask": padding_mask, "mems": mems}
+        if self.config.cross_attention:
+            call["cross_attention_mask"] = as_mask(call.get("cross_attention_mask"))
+        result = self.transformer(
+            input_ids,
+            self._mask(attention_mask, padding_mask),
+            self.hooks,
+            call,
+            checkpoint_every=self.checkpoint_every,
+        )
+        return self.hooks.final_forward(result.hidden_states, **result.kw_args), *result.outputs_per_layers
+
+    def add_mixin(self, name: str, mixin: BaseMixin, part: str | None = None) -> Self:
+        """Add a mixin; its parameters become `mixins.<name>.*` and move to the model's device and precision.
+
+        Raises:
+            HookConflictError: The name is taken, or the mixin replaces a hook that another one replaces.
+        """
+        if part is not None:
+            raise HookDefinitionError(f"part='{part}': this model has no parts; leave `part` out.")
+        self._check_new(name, mixin)
+        hooks = resolve({**self._answerers(), name: mixin}, DEFAULTS)
+        if self.device.type != "meta":
+            mixin.to(device=self.device, dtype=self.dtype)
+        mixin.train(self.training)
+        self.mixins[name] = mixin
+        self._resolve(hooks)
+        return self
+
+    def get_mixin(self, name: str) -> BaseMixin:
+        """The mixin of that name."""
+        if name not in self.mixins:
+            raise HookDefinitionError(f"there is no mixin '{name}'.{nearest(name, self.mixins)} {self._names()}")
+        mixin = self.mixins[name]
+        assert isinstance(mixin, BaseMixin)
+        return mixin
+
+    def del_mixin(self, name: str) -> BaseMixin:
+        """Remove a mixin, and return it; the model is exactly what it was before it was added."""
+        mixin = self.get_mixin(name)
+        del self.mixins[name]
+        self._resolve()
+        return mixin
+
+    def with_mixin(self, name: str, mixin: BaseMixin) -> Self:
+        """A second model on the same backbone and mixins, with one more; this model stays as it is."""
+        view = copy.copy(self)
+        view._modules = {**self._modules, "mixins": nn.ModuleDict(dict(self.mixins.items()))}
+        return view.add_mixin(name, mixin)
+
+    def explain(self) -> str:
+        """Every hook, and the chain of mixins that answers it, from the outside in."""
+        return explain_hooks(self._answerers(), title=f"{type(self).__name__}: {self.config.num_layers} layers")
+
+    def enable_activation_checkpointing(self, every: int = 1) -> Self:
+        """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 turns it off."""
+        if every < 0:
+            raise HookCallError(f"every={every} must be 0 (off) or the distance between recomputed layers.")
+        self.checkpoint_every = every
+        return self
+
+    def find_mixin(self, kind: type[BaseMixin]) -> str | None:
+        """The name of the first mixin of this class, or `None`."""
+        return next((name for name, mixin in self.mixins.items() if isinstance(mixin, kind)), None)
+
+    def _mask(self, attention_mask: Any, padding_mask: Tensor | None) -> Mask:
+        natural: Mask = Causal() if self.config.causal else Full()
+        mask = natural if attention_mask is NATURAL else as_mask(attention_mask)
+        return mask if padding_mask is None else mask & Padding(padding_mask)
+
+    def _check_keywords(self, kw_args: Mapping[str, Any]) -> None:
+        unknown = [key for key in kw_args if key not in self.accepted]
+        if unknown:
+            accepted = ", ".join(sorted(self.accepted)) or "none"
+            raise HookCallError(
+                f"no hook of this model accepts the keyword '{unknown[0]}'."
+                f"{nearest(unknown[0], self.accepted)} Accepted: {accepted}. A mixin accepts a keyword by naming it "
+                "in a hook's signature or in `accepts`."
+            )
+
+    def _check_new(self, name: str, mixin: BaseMixin) -> None:
+        if not isinstance(mixin, BaseMixin):
+            raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise HookDefinitionError(f"mixin name {name!r}: use letters, digits, '_' and '-' only.")
+        if name in self.mixins:
+            raise HookConflictError(
+                f"there is a mixin '{name}' already: choose another name, or del_mixin('{name}') first."
+            )
+
+    def _names(self) -> str:
+        return f"The model has: {', '.join(self.mixins) or 'no mixins'}."
+
+    def _answerers(self) -> dict[str, object]:
+        return {type(self).__name__: self, **self.mixins}
+
+    def _resolve(self, hooks: HookTable | None = None) -> None:
+        """Rebuild the immutable table that forward passes read."""
+        self.hooks = hooks or resolve(self._answerers(), DEFAULTS)
+        self.accepted = accepted_keywords(self._answerers(), DEFAULTS)
+        if self.config.cross_attention:
+            self.accepted |= {"encoder_outputs", "cross_attention_mask"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the resolved hooks, which hold methods of this very model."""
+        return {key: value for key, value in self.__dict__.items() if key != "hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and resolve the hooks of the copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._resolve()
+
+
+def iterate_models(model: Model) -> Iterator[tuple[str, BaseModel]]:
+    """The plain models inside a model, with the prefix of their parameter names."""
+    if isinstance(model, BaseModel):
+        yield "", model
+    for name, part in model.parts.items():
+        yield f"parts.{name}.", part
+
+
+def every_mixin(model: Model) -> Iterable[tuple[str, BaseMixin]]:
+    """Each mixin with its full name, `mixins.x` or `parts.decoder.mixins.x`."""
+    for prefix, plain in iterate_models(model):
+        for name in plain.mixins:
+            yield f"{prefix}mixins.{name}", plain.get_mixin(name)

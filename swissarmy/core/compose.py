@@ -1,0 +1,164 @@
+"""How the hook methods of several mixins become one callable: conflicts, order, and blame.
+
+Resolved when a mixin is added, never in a forward pass. A plain method is the innermost link in place of
+the default; wrappers go around it, whichever was added first. The last wrapper added is the outermost,
+except that `attention_fn`'s wrappers are sorted by stage first.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from swissarmy.core.errors import HookCallError, HookConflictError
+from swissarmy.core.hooks import HOOKS, STAGES, Hook, HookMark, HookTable, answers, mark_of
+
+
+@dataclass(frozen=True)
+class Link:
+    """One mixin's method for one hook."""
+
+    owner: str
+    method: Hook
+    mark: HookMark
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What answers one hook: the wrappers from the outside in, then one plain method or the default."""
+
+    hook: str
+    wrappers: tuple[Link, ...]
+    plain: Link | None
+
+    def resolve(self, default: Hook) -> Hook:
+        """Fold the chain into one callable."""
+        call = default if self.plain is None else _answer(self.hook, self.plain)
+        for link in reversed(self.wrappers):
+            call = _wrap(self.hook, link, call)
+        return call
+
+    def describe(self, default: str) -> str:
+        """The chain in one line, from the outside in."""
+        links = [
+            f"{link.owner} ({link.mark.stage})" if self.hook == "attention_fn" else link.owner for link in self.wrappers
+        ]
+        innermost = default if self.plain is None else f"{self.plain.owner} (replaces the default)"
+        return " → ".join([*links, innermost])
+
+
+def chain_of(hook: str, answerers: Mapping[str, object]) -> Chain:
+    """The chain for one hook, from the objects that may answer it, in the order of adding.
+
+    Raises:
+        HookConflictError: Two of them replace the default.
+    """
+    links = [
+        Link(owner, getattr(answerer, hook), mark_of(getattr(answerer, hook)))
+        for owner, answerer in answerers.items()
+        if answers(answerer, hook)
+    ]
+    wrappers = [link for link in reversed(links) if link.mark.kind == "non_conflict"]
+    if hook == "attention_fn":
+        wrappers.sort(key=lambda link: STAGES.index(link.mark.stage))
+    return Chain(hook, tuple(wrappers), _only_plain(hook, links))
+
+
+def resolve(answerers: Mapping[str, object], defaults: HookTable) -> HookTable:
+    """The table of callables for these answerers over these defaults."""
+    return HookTable(**{hook: chain_of(hook, answerers).resolve(getattr(defaults, hook)) for hook in HOOKS})
+
+
+def accepted_keywords(answerers: Mapping[str, object], defaults: HookTable) -> frozenset[str]:
+    """The keywords of a call that some hook reads: by name in its signature, or in a mixin's `accepts`."""
+    accepted: set[str] = set()
+    for hook, spec in HOOKS.items():
+        methods = [getattr(answerer, hook) for answerer in answerers.values() if answers(answerer, hook)]
+        for method in (getattr(defaults, hook), *methods):
+            accepted |= set(inspect.signature(method).parameters) - {*spec.arguments, *spec.options}
+    for answerer in answerers.values():
+        accepted |= set(getattr(answerer, "accepts", ()))
+    return frozenset(accepted - {"self", "old_impl", "kw_args"})
+
+
+def _only_plain(hook: str, links: Sequence[Link]) -> Link | None:
+    plain = [link for link in links if link.mark.kind == "plain"]
+    candidates = plain or [link for link in links if link.mark.kind == "replaceable"]
+    if len(candidates) > 1:
+        first, second = candidates[0].owner, candidates[1].owner
+        raise HookConflictError(
+            f"'{first}' and '{second}' both replace {hook}. Remove one (del_mixin('{first}')), "
+            f"or let one wrap the other: @non_conflict above {hook}, with old_impl in its signature."
+        )
+    return candidates[0] if candidates else None
+
+
+def _answer(hook: str, link: Link) -> Hook:
+    """The link's plain method, with its result checked and its errors signed."""
+    spec, owner, method = HOOKS[hook], link.owner, link.method
+
+    def call(*arguments: Any, **kw_args: Any) -> Any:
+        _sign_outputs(kw_args, owner)
+        try:
+            result = method(*arguments, **kw_args)
+        except Exception as error:
+            _sign(error, hook, owner, kw_args)
+            raise
+        problem = spec.problem(arguments, result)
+        if problem is not None:
+            raise HookCallError(f"{_place(hook, owner, kw_args)} {problem}")
+        return result
+
+    return call
+
+
+def _wrap(hook: str, link: Link, inner: Hook) -> Hook:
+    """The link's wrapper around `inner`."""
+    method = link.method
+    if hook == "attention_fn" and link.mark.stage == "transform":
+
+        def transform(*arguments: Any, **kw_args: Any) -> Any:
+            return method(*arguments, old_impl=_keeps_keys(link.owner, arguments[1], inner), **kw_args)
+
+        return _answer(hook, Link(link.owner, transform, link.mark))
+
+    def wrap(*arguments: Any, **kw_args: Any) -> Any:
+        return method(*arguments, old_impl=inner, **kw_args)
+
+    return _answer(hook, Link(link.owner, wrap, link.mark))
+
+
+def _keeps_keys(owner: str, keys: Tensor, inner: Hook) -> Hook:
+    """`inner`, for a wrapper that may change keys and not their number."""
+    expected = keys.shape[2]
+
+    def call(q: Tensor, k: Tensor, *arguments: Any, **kw_args: Any) -> Any:
+        if k.shape[2] != expected:
+            raise HookCallError(
+                f"{_place('attention_fn', owner, kw_args)} turned {expected} keys into {k.shape[2]} in the "
+                'stage "transform"; declare @non_conflict(stage="extend") to add keys.'
+            )
+        return inner(q, k, *arguments, **kw_args)
+
+    return call
+
+
+def _sign_outputs(kw_args: dict[str, Any], owner: str) -> None:
+    for name in ("output_this_layer", "output_cross_layer", "cross_layer_output"):
+        outputs = kw_args.get(name)
+        if outputs is not None:
+            kw_args[name] = outputs.written_by(owner)
+
+
+def _place(hook: str, owner: str, kw_args: Mapping[str, Any]) -> str:
+    layer_id = kw_args.get("layer_id")
+    return f"mixin '{owner}', hook {hook}" + ("" if layer_id is None else f", layer {layer_id}") + ":"
+
+
+def _sign(error: Exception, hook: str, owner: str, kw_args: Mapping[str, Any]) -> None:
+    """Note on the error which mixin it came from: the innermost, when several are on the way."""
+    notes = getattr(error, "__notes__", [])
+    if not any(note.startswith("in mixin ") for note in notes):
+        error.add_note("in " + _place(hook, owner, kw_args).rstrip(":"))

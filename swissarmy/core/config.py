@@ -1,0 +1,93 @@
+"""Configurations: frozen, keyword-only, validated with every problem in one report."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Self, Union
+
+from swissarmy.core.errors import ConfigError, nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The base of every configuration. A subclass adds fields, and `problems` for what types cannot say."""
+
+    def __post_init__(self) -> None:
+        """Check types, then what the subclass checks.
+
+        Raises:
+            ConfigError: With a line for each problem.
+        """
+        problems = list(_type_problems(self))
+        report(f"{type(self).__name__}:", problems or list(self.problems()))
+
+    def problems(self) -> Iterator[str]:
+        """A line for each thing that is wrong with the values; types are right when this is called."""
+        yield from ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str | None = None) -> Self:
+        """Build from a mapping, refusing unknown keys by their nearest name.
+
+        Raises:
+            ConfigError: Unknown keys, wrong types, or values that `problems` refuses.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        report(
+            f"{where or cls.__name__}:",
+            [f"unknown field '{key}'.{nearest(key, names)}" for key in values if key not in names],
+        )
+        return cls(**{key: _as_tuple(value) for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def replace(self, **changes: Any) -> Self:
+        """The same configuration with some fields changed."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+def report(title: str, problems: Iterable[str]) -> None:
+    """Raise one `ConfigError` for all problems; do nothing when there are none."""
+    lines = list(problems)
+    if len(lines) == 1:
+        raise ConfigError(f"{title} {lines[0]}")
+    if lines:
+        raise ConfigError("\n  - ".join([f"{title} {len(lines)} problems", *lines]))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def _type_problems(config: Config) -> Iterator[str]:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            yield f"{field.name}={value!r} is not {_name(hints[field.name])}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

@@ -1,0 +1,63 @@
+"""`BaseMixin`: what a mixin is, apart from what it does."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, Self
+
+from torch import nn
+
+from swissarmy.core.hooks import check_hook_methods
+
+
+class MixinHost(Protocol):
+    """What a mixin needs to know of a model to take its sizes from it."""
+
+    @property
+    def config(self) -> Any:
+        """The sizes."""
+
+    @property
+    def parts(self) -> Mapping[str, "MixinHost"]:
+        """The models that this model is made of; empty for a plain one."""
+
+
+class BaseMixin(nn.Module):
+    """A change to a Transformer: some of the ten hooks, and the parameters they need.
+
+    Define a method named like a hook. Parameters appear in the model's state dict as
+    `mixins.<name>.<param>`; what belongs to one layer lives in `self.layers[i]`, a module that is called.
+    """
+
+    accepts: ClassVar[tuple[str, ...]] = ()
+    """Keywords of the model's call that this mixin reads from `kw_args` without naming them in a signature."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse misspelt hooks and signatures that cannot be called, when the class is created."""
+        super().__init_subclass__(**options)
+        check_hook_methods(cls)
+
+    @classmethod
+    def for_model(cls, model: MixinHost, **options: Any) -> Any:
+        """The mixin with its sizes filled in from a model; for a model of parts, one for each that it suits.
+
+        Returns:
+            A mixin, or for a model of several parts a dict from part name to mixin; `add_mixin` takes both.
+        """
+        if model.parts:
+            return {
+                name: cls.for_config(part.config, **options)
+                for name, part in model.parts.items()
+                if cls.suits(part.config)
+            }
+        return cls.for_config(model.config, **options)
+
+    @classmethod
+    def for_config(cls, config: Any, **options: Any) -> Self:
+        """The mixin for a backbone of these sizes. A mixin without sizes needs none of them."""
+        del config
+        return cls(**options)
+
+    @classmethod
+    def suits(cls, config: Any) -> bool:
+        """Whether this mixin means something on a backbone of this configuration."""
+        del config
+        return True

@@ -1,0 +1,57 @@
+"""Learned absolute positions (Gehring et al. 2017; GPT-2, BERT).
+
+Changes: adds a trained vector for each position to the word embeddings.
+Hooks: `position_embedding_forward` (replaces). Parameters: `table.weight` `[num_positions, h]`.
+"""
+
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.core.errors import HookCallError
+from swissarmy.core.mixin import BaseMixin
+
+
+@final
+class LearnedPositionsMixin(BaseMixin):
+    """A table of position vectors."""
+
+    def __init__(self, num_positions: int, hidden_size: int, *, padding_id: int | None = None) -> None:
+        """Make the table.
+
+        Args:
+            num_positions: How many rows it has.
+            hidden_size: The width of a row.
+            padding_id: RoBERTa's way of counting: only tokens other than this one are counted, from
+                `padding_id + 1` on, unless the caller gives positions, which then are rows of the table.
+        """
+        super().__init__()
+        self.padding_id = padding_id
+        self.table = nn.Embedding(num_positions, hidden_size)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
+        """A row for each position up to the model's maximum length."""
+        return cls(config.max_sequence_length, config.hidden_size, **options)
+
+    def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
+        """`[b or 1, s]` to `[b or 1, s, h]`."""
+        if self.padding_id is not None and kw_args["given_position_ids"] is None:
+            position_ids = self._counted(position_ids, kw_args["input_ids"])
+        if position_ids.shape[-1] > self.table.num_embeddings:
+            raise HookCallError(
+                f"{position_ids.shape[-1]} tokens, and the model has {self.table.num_embeddings} positions: "
+                "shorten the input, or interpolate the table."
+            )
+        positions: Tensor = self.table(position_ids)
+        return positions
+
+    def _counted(self, position_ids: Tensor, input_ids: Tensor | None) -> Tensor:
+        assert self.padding_id is not None
+        if input_ids is None:
+            return position_ids + self.padding_id + 1
+        real = (input_ids != self.padding_id).long()
+        return torch.cumsum(real, dim=1) * real + self.padding_id

@@ -1,0 +1,40 @@
+"""Token types (Devlin et al. 2019): which of several segments a token belongs to.
+
+Changes: adds a trained vector for each token's type to its embedding.
+Hooks: `word_embedding_forward` (wraps); reads `token_type_ids` `[b, s]`. Parameters: `table.weight` `[types, h]`.
+"""
+
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.core.mixin import BaseMixin
+
+
+@final
+class TokenTypesMixin(BaseMixin):
+    """A table of type vectors; every token is of type 0 unless `token_type_ids` says otherwise."""
+
+    def __init__(self, num_types: int, hidden_size: int) -> None:
+        """Make the table."""
+        super().__init__()
+        self.table = nn.Embedding(num_types, hidden_size)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, *, num_types: int = 2, **options: Any) -> Self:
+        """Two types, in the model's width."""
+        return cls(num_types, config.hidden_size, **options)
+
+    @non_conflict
+    def word_embedding_forward(
+        self, input_ids: Tensor, *, old_impl: Hook, token_type_ids: Tensor | None = None, **kw_args: Any
+    ) -> Tensor:
+        """Add the types' vectors, `[b, s, h]`."""
+        embedded: Tensor = old_impl(input_ids, token_type_ids=token_type_ids, **kw_args)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+        return embedded + self.table(token_type_ids)

@@ -1,0 +1,125 @@
+"""The attention kernel: the fastest exact path for the type of mask.
+
+Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`; the result is `[b, heads, s, d]`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swissarmy.nn.masks import Both, Causal, Documents, Full, Mask, SlidingWindow
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    dropout_fn: Callable[[Tensor], Tensor],
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention (Vaswani et al. 2017), grouped key-value heads included.
+
+    Args:
+        q: Queries, `[b, heads, s, d]`.
+        k: Keys, `[b, kv_heads, t, d]`; `heads` is a multiple of `kv_heads`.
+        v: Values, as the keys.
+        mask: Which key each query sees; the last query stands at the last key.
+        dropout_fn: Applied to the probabilities.
+        scale: What the scores are multiplied by; `1/sqrt(d)` when `None`.
+        bias: Added to the scores, `[b|1, heads|1, s|1, t]`.
+        softcap: Scores become `softcap * tanh(scores / softcap)` before bias and mask (Gemma 2).
+    """
+    if softcap is not None or not isinstance(dropout_fn, nn.Dropout):
+        return _written_out(q, k, v, mask, dropout_fn, scale=scale, bias=bias, softcap=softcap)
+    if bias is None and q.is_cuda and torch.compiler.is_compiling() and _has_hidden_blocks(mask):
+        return flex(q, k, v, mask, dropout_fn, scale=scale)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=_score_mask(mask, q, k, bias),
+        dropout_p=dropout_fn.p if dropout_fn.training else 0.0,
+        is_causal=bias is None and _is_square_causal(mask, q, k),
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+def _is_square_causal(mask: Mask, q: Tensor, k: Tensor) -> bool:
+    """Whether SDPA's `is_causal` (aligned to the first key) means the same as the mask."""
+    if isinstance(mask, SlidingWindow) and k.shape[2] > mask.window:
+        return False
+    return isinstance(mask, Causal | SlidingWindow) and 1 < q.shape[2] == k.shape[2]
+
+
+def _sees_all(mask: Mask, q: Tensor, k: Tensor) -> bool:
+    """Whether no query is denied any key, known from type and sizes alone."""
+    if isinstance(mask, SlidingWindow) and k.shape[2] > mask.window:
+        return False
+    return isinstance(mask, Full) or (isinstance(mask, Causal | SlidingWindow) and q.shape[2] == 1)
+
+
+def _score_mask(mask: Mask, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What SDPA takes as `attn_mask`: nothing, a bool tensor, or the bias with the hidden keys at -inf."""
+    if _sees_all(mask, q, k):
+        return bias
+    if bias is None and _is_square_causal(mask, q, k):
+        return None
+    visible = mask.dense(q.shape[2], k.shape[2], q.device)
+    return visible if bias is None else torch.where(visible, bias, float("-inf"))
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    dropout_fn: Callable[[Tensor], Tensor],
+    *,
+    scale: float | None,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same in plain operations, for what SDPA has no argument for."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if not _sees_all(mask, q, k):
+        scores = scores.masked_fill(~mask.dense(q.shape[2], k.shape[2], q.device), torch.finfo(scores.dtype).min)
+    return dropout_fn(scores.softmax(dim=-1)) @ v
+
+
+def _has_hidden_blocks(mask: Mask) -> bool:
+    return isinstance(mask, SlidingWindow | Documents | Both)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout_fn: nn.Dropout, *, scale: float | None) -> Tensor:
+    """Flex attention (Dong et al. 2024), which skips the blocks that a composite mask hides.
+
+    It is fused only inside a compiled graph on a GPU; anywhere else it gives the same numbers slowly.
+    """
+    if dropout_fn.training and dropout_fn.p > 0:
+        return _written_out(q, k, v, mask, dropout_fn, scale=scale, bias=None, softcap=None)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    first_query = k.shape[2] - q.shape[2]
+    blocks = create_block_mask(
+        lambda b, h, i, j: mask.visible(b, h, i + first_query, j),
+        q.shape[0] if mask.batch_size > 1 else None,
+        q.shape[1] if mask.num_heads > 1 else None,
+        q.shape[2],
+        k.shape[2],
+        device=str(q.device),
+    )
+    result: Tensor = flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    return result
