@@ -86,14 +86,14 @@ def attention_fn(
 
 
 def mlp_forward(hidden_states: Tensor, **kw_args: Any) -> Tensor:
-    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated."""
-    mlp, linear_forward = kw_args["layer"].mlp, kw_args["hooks"].linear_forward
-    if mlp.gate is None:
-        inner = mlp.activation(linear_forward(hidden_states, mlp.up, "mlp.up", **kw_args))
-    else:
-        gate = mlp.activation(linear_forward(hidden_states, mlp.gate, "mlp.gate", **kw_args))
-        inner = gate * linear_forward(hidden_states, mlp.up, "mlp.up", **kw_args)
-    result: Tensor = linear_forward(inner, mlp.down, "mlp.down", **kw_args)
+    """The MLP over `[b, s, h]`, each projection through `linear_forward`."""
+    linear_forward = kw_args["hooks"].linear_forward
+
+    def project(x: Tensor, linear: nn.Linear, name: str) -> Tensor:
+        projected: Tensor = linear_forward(x, linear, f"mlp.{name}", **kw_args)
+        return projected
+
+    result: Tensor = kw_args["layer"].mlp(hidden_states, project)
     return result
 
 

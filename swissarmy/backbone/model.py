@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Literal, Self
 
 import torch
@@ -39,10 +38,8 @@ class Model(nn.Module):
     source: Any = None
     """Where the weights came from: the family and its configuration, for writing them back."""
 
-    @property
-    def parts(self) -> Mapping[str, "BaseModel"]:
-        """The models that this one is made of; empty for a plain one."""
-        return MappingProxyType({})
+    parts: nn.ModuleDict
+    """The models that this one is made of; empty for a plain one."""
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +84,7 @@ class BaseModel(Model):
         self.config = config
         self.transformer = Transformer(config)
         self.mixins = nn.ModuleDict()
+        self.parts = nn.ModuleDict()
         self.checkpoint_every = 0
         self._resolve()
         for name, mixin in (mixins or {}).items():
@@ -183,6 +181,10 @@ class BaseModel(Model):
         self.checkpoint_every = every
         return self
 
+    def for_decoding(self, **kw_args: Any) -> tuple["BaseModel", dict[str, Any]]:
+        """The model that decodes, and what it is called with in each step: itself, and what was given."""
+        return self, kw_args
+
     def find_mixin(self, kind: type[BaseMixin]) -> str | None:
         """The name of the first mixin of this class, or `None`."""
         return next((name for name, mixin in self.mixins.items() if isinstance(mixin, kind)), None)
@@ -240,6 +242,7 @@ def iterate_models(model: Model) -> Iterator[tuple[str, BaseModel]]:
     if isinstance(model, BaseModel):
         yield "", model
     for name, part in model.parts.items():
+        assert isinstance(part, BaseModel)
         yield f"parts.{name}.", part
 
 

@@ -1,0 +1,1 @@
+"""The idea: hooks, mixins, how they compose, configurations, weight maps, errors. Knows no network."""

@@ -1,6 +1,5 @@
 """`BaseMixin`: what a mixin is, apart from what it does."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import nn
@@ -11,13 +10,10 @@ from swissarmy.core.hooks import check_hook_methods
 class MixinHost(Protocol):
     """What a mixin needs to know of a model to take its sizes from it."""
 
-    @property
-    def config(self) -> Any:
-        """The sizes."""
-
-    @property
-    def parts(self) -> Mapping[str, "MixinHost"]:
-        """The models that this model is made of; empty for a plain one."""
+    config: Any
+    """The sizes; a model of parts has none of its own."""
+    parts: Any
+    """The models that this model is made of, by name; empty for a plain one."""
 
 
 class BaseMixin(nn.Module):

@@ -1,0 +1,98 @@
+"""Models that hold models: each part is a `BaseModel` with its own mixins."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import nn
+
+from swissarmy.backbone.model import BaseModel, Model
+from swissarmy.core.errors import HookDefinitionError, nearest
+from swissarmy.core.mixin import BaseMixin
+
+
+class CompositeModel(Model):
+    """A model of named parts. A subclass says in `forward` how they work together."""
+
+    def __init__(self, parts: Mapping[str, BaseModel]) -> None:
+        """Hold the parts, in their order."""
+        super().__init__()
+        self.parts = nn.ModuleDict(dict(parts))
+
+    def part(self, name: str) -> BaseModel:
+        """One part by its name."""
+        if name not in self.parts:
+            raise HookDefinitionError(
+                f"there is no part '{name}'.{nearest(name, self.parts)} The parts are: {', '.join(self.parts)}."
+            )
+        part = self.parts[name]
+        assert isinstance(part, BaseModel)
+        return part
+
+    def add_mixin(self, name: str, mixin: BaseMixin | Mapping[str, BaseMixin], part: str | None = None) -> Self:
+        """Add a mixin to one part, or without `part` to every part that it suits, each with its own parameters.
+
+        Args:
+            name: The mixin's name in each part.
+            mixin: A mixin, or what `for_model` gave: one for each part.
+            part: The only part to add it to.
+
+        Raises:
+            HookConflictError: Some part cannot take it; then no part has it.
+        """
+        added: list[BaseModel] = []
+        try:
+            for part_name, own in self._for_parts(name, mixin, part).items():
+                added.append(self.part(part_name).add_mixin(name, own))
+        except ValueError:
+            for model in added:
+                model.del_mixin(name)
+            raise
+        return self
+
+    def get_mixin(self, name: str, part: str | None = None) -> BaseMixin:
+        """The mixin of that name in a part; without `part`, in the first part that has one."""
+        return self.part(part or self._holders(name)[0]).get_mixin(name)
+
+    def del_mixin(self, name: str, part: str | None = None) -> None:
+        """Remove the mixin from one part, or from every part that has it."""
+        for holder in self._holders(name) if part is None else [part]:
+            self.part(holder).del_mixin(name)
+
+    def explain(self) -> str:
+        """Every hook of every part, and the chain of mixins that answers it."""
+        return "\n\n".join(f"[{name}] {self.part(name).explain()}" for name in self.parts)
+
+    def enable_activation_checkpointing(self, every: int = 1) -> Self:
+        """Recompute every n-th layer of each part in the backward pass; 0 turns it off."""
+        for name in self.parts:
+            self.part(name).enable_activation_checkpointing(every)
+        return self
+
+    def _for_parts(
+        self, name: str, mixin: BaseMixin | Mapping[str, BaseMixin], part: str | None
+    ) -> Mapping[str, BaseMixin]:
+        if isinstance(mixin, BaseMixin):
+            if part is not None:
+                return {part: mixin}
+            suited = [key for key in self.parts if mixin.suits(self.part(key).config)]
+            if not suited:
+                raise HookDefinitionError(f"mixin '{name}' ({type(mixin).__name__}) suits no part of this model.")
+            return {key: mixin if key == suited[0] else copy.deepcopy(mixin) for key in suited}
+        return mixin if part is None else {part: mixin[part]}
+
+    def _holders(self, name: str) -> list[str]:
+        holders = [key for key in self.parts if name in self.part(key).mixins]
+        if not holders:
+            known = sorted({mixin for key in self.parts for mixin in self.part(key).mixins})
+            raise HookDefinitionError(f"no part has a mixin '{name}'.{nearest(name, known)} There are: {known}.")
+        return holders
+
+    def _route(self, kw_args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Give each keyword to every part that accepts it; one that none accepts goes to all, to be refused."""
+        routed: dict[str, dict[str, Any]] = {key: {} for key in self.parts}
+        for keyword, value in kw_args.items():
+            takers = [key for key in self.parts if keyword in self.part(key).accepted]
+            for key in takers or self.parts:
+                routed[key][keyword] = value
+        return routed

@@ -1,0 +1,93 @@
+"""`EncoderDecoderModel`: two Transformers, the second of which attends to what the first has read.
+
+Shapes: b batch, t source positions, s target positions.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from swissarmy.backbone.composite import CompositeModel
+from swissarmy.backbone.model import NATURAL, BaseModel
+from swissarmy.core.errors import HookCallError, HookDefinitionError
+from swissarmy.nn.kv_cache import KVCache
+from swissarmy.nn.masks import Full, Padding
+
+
+class EncoderDecoderModel(CompositeModel):
+    """`model(input_ids, decoder_input_ids=...)` gives the decoder's `(logits, outputs of layer 0, ...)`."""
+
+    def __init__(self, encoder: BaseModel, decoder: BaseModel, *, share_word_embeddings: bool = True) -> None:
+        """Join two models; the decoder's configuration says `cross_attention=True`."""
+        super().__init__({"encoder": encoder, "decoder": decoder})
+        if not decoder.config.cross_attention:
+            raise HookDefinitionError("the decoder has no cross-attention: give its config cross_attention=True.")
+        if share_word_embeddings:
+            decoder.transformer.word_embeddings = encoder.transformer.word_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        *,
+        encoder_outputs: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        attention_mask: Any = NATURAL,
+        position_ids: Tensor | None = None,
+        decoder_padding_mask: Tensor | None = None,
+        decoder_attention_mask: Any = NATURAL,
+        decoder_position_ids: Tensor | None = None,
+        mems: KVCache | None = None,
+        **kw_args: Any,
+    ) -> tuple[Any, ...]:
+        """Read the source, then run the decoder.
+
+        Args:
+            input_ids: The source's token ids `[b, t]`; not needed with `encoder_outputs`.
+            decoder_input_ids: The target's token ids `[b, s]`.
+            encoder_outputs: `[b, t, h]`, to save reading the source again.
+            padding_mask: The source's real tokens, `[b, t]`, 1 = real.
+            attention_mask: The encoder's mask, as for `BaseModel`.
+            position_ids: The source's positions.
+            decoder_padding_mask: The target's real tokens, `[b, s]`.
+            decoder_attention_mask: The decoder's mask.
+            decoder_position_ids: The target's positions.
+            mems: A key-value cache for the decoder.
+            **kw_args: Given to each part that accepts them.
+        """
+        if decoder_input_ids is None:
+            raise HookCallError("an encoder-decoder needs decoder_input_ids [b, s], the target shifted right.")
+        routed = self._route(kw_args)
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(
+                input_ids, position_ids, attention_mask, padding_mask=padding_mask, **routed["encoder"]
+            )
+        result: tuple[Any, ...] = self.parts["decoder"](
+            decoder_input_ids,
+            decoder_position_ids,
+            decoder_attention_mask,
+            padding_mask=decoder_padding_mask,
+            mems=mems,
+            **{**_source(encoder_outputs, padding_mask), **routed["decoder"]},
+        )
+        return result
+
+    def encode(self, input_ids: Tensor | None, *arguments: Any, **kw_args: Any) -> Tensor:
+        """What the encoder makes of the source, `[b, t, h]`; arguments as for `BaseModel`."""
+        hidden_states: Tensor = self.parts["encoder"](input_ids, *arguments, **kw_args)[0]
+        return hidden_states
+
+    def for_decoding(
+        self, *, input_ids: Tensor | None = None, padding_mask: Tensor | None = None, **kw_args: Any
+    ) -> tuple[BaseModel, dict[str, Any]]:
+        """The decoder, and what it is called with in each step: the source is read here, once."""
+        if input_ids is None:
+            raise HookCallError("an encoder-decoder generates from a source: give input_ids=[b, t].")
+        routed = self._route(kw_args)
+        encoder_outputs = self.encode(input_ids, padding_mask=padding_mask, **routed["encoder"])
+        return self.part("decoder"), {**_source(encoder_outputs, padding_mask), **routed["decoder"]}
+
+
+def _source(encoder_outputs: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
+    mask = Full() if padding_mask is None else Padding(padding_mask)
+    return {"encoder_outputs": encoder_outputs, "cross_attention_mask": mask}

@@ -1,0 +1,59 @@
+"""The key-value cache: a model written for teacher forcing decodes one token at a time.
+
+Changes: with `mems=KVCache(...)` in the call, keys and values of earlier calls are put before the new ones;
+projections of an encoder's output are computed once. Without `mems` it does nothing.
+Hooks: `attention_fn` (wraps, stage `cache`), `linear_forward` (wraps, in models with cross-attention).
+Parameters: none; the state is the caller's.
+"""
+
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.core.mixin import BaseMixin
+
+ENCODER_PROJECTIONS = ("cross_attention.key", "cross_attention.value")
+
+
+@final
+class CachedAutoRegressiveMixin(BaseMixin):
+    """Incremental decoding for any causal or encoder-decoder model."""
+
+    @classmethod
+    def suits(cls, config: Any) -> bool:
+        """Only a causal part decodes."""
+        return bool(config.causal)
+
+    @non_conflict(stage="cache")
+    def attention_fn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        dropout_fn: Any,
+        cross_attention: bool = False,
+        *,
+        old_impl: Hook,
+        **kw_args: Any,
+    ) -> Tensor:
+        """Attend to what is remembered too, and remember the new keys and values."""
+        mems = kw_args["mems"]
+        if mems is not None and not cross_attention:
+            k, v = mems.update(kw_args["layer_id"], k, v)
+        context: Tensor = old_impl(q, k, v, mask, dropout_fn, cross_attention=cross_attention, **kw_args)
+        return context
+
+    @non_conflict
+    def linear_forward(self, x: Tensor, linear: nn.Module, name: str, *, old_impl: Hook, **kw_args: Any) -> Tensor:
+        """Project the encoder's output in the first step only."""
+        mems = kw_args["mems"]
+        if mems is None or name not in ENCODER_PROJECTIONS:
+            projected: Tensor = old_impl(x, linear, name, **kw_args)
+            return projected
+        key = (kw_args["layer_id"], name)
+        if key not in mems.constants:
+            mems.constants[key] = old_impl(x, linear, name, **kw_args)
+        constant: Tensor = mems.constants[key]
+        return constant

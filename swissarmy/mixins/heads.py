@@ -1,0 +1,185 @@
+"""Heads: what a model makes of its last hidden states.
+
+Hooks: `final_forward` (replaces). Parameters: each head's own; a head that shares the word embedding reads it from
+the backbone.
+"""
+
+from typing import Any, Literal, NamedTuple, Self, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.core.mixin import BaseMixin
+from swissarmy.nn.activations import ACTIVATIONS
+from swissarmy.nn.norms import make_norm
+
+Pooling = Literal["tokens", "first", "last", "mean", "first_two"]
+
+
+class PooledOutput(NamedTuple):
+    """What `PoolerMixin` gives."""
+
+    hidden_states: Tensor
+    """`[b, s, h]`."""
+    pooled: Tensor
+    """`[b, h]`."""
+
+
+@final
+class NoHeadMixin(BaseMixin):
+    """The hidden states themselves, `[b, s, h]`: a base model."""
+
+    def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
+        """Hand them out as they are."""
+        return hidden_states
+
+
+@final
+class LMHeadMixin(BaseMixin):
+    """A head of its own that gives logits over a vocabulary, for any backbone. Parameters: `head.*`."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = False) -> None:
+        """Make the projection."""
+        super().__init__()
+        self.head = nn.Linear(hidden_size, vocab_size, bias=bias)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
+        """The model's width and vocabulary."""
+        return cls(config.hidden_size, **{"vocab_size": config.vocab_size, **options})
+
+    def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
+        """Logits, `[b, s, vocab]`."""
+        logits: Tensor = self.head(hidden_states)
+        return logits
+
+
+@final
+class MLMHeadMixin(BaseMixin):
+    """BERT's masked-LM head: a layer and a norm, then the word embedding and a bias.
+
+    Parameters: `dense.*`, `norm.*`, `bias` `[vocab]`; with `tied=False` also `decoder.weight` `[vocab, h]`.
+    """
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, activation: str = "gelu", eps: float = 1e-12, tied: bool = True
+    ) -> None:
+        """Make the layer, the norm and the bias."""
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = make_norm("layer", hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.decoder = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
+        """The model's width, vocabulary and activation."""
+        return cls(config.hidden_size, config.vocab_size, **{"activation": config.activation, **options})
+
+    def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
+        """Logits, `[b, s, vocab]`."""
+        hidden_states = self.norm(self.activation(self.dense(hidden_states)))
+        weights = kw_args["transformer"].word_embeddings if self.decoder is None else self.decoder
+        return F.linear(hidden_states, weights.weight, self.bias)
+
+
+@final
+class PoolerMixin(BaseMixin):
+    """BERT's pooler: hidden states, and a layer with tanh over the first of them. Parameters: `dense.*`."""
+
+    def __init__(self, hidden_size: int, *, activation: str = "tanh", output_size: int | None = None) -> None:
+        """Make the layer."""
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.dense = nn.Linear(hidden_size, output_size or hidden_size)
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
+        """The model's width."""
+        return cls(config.hidden_size, **options)
+
+    def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> PooledOutput:
+        """The hidden states `[b, s, h]`, and the pooled one `[b, h]`."""
+        return PooledOutput(hidden_states, self.activation(self.dense(hidden_states[:, 0])))
+
+
+@final
+class ClassificationHeadMixin(BaseMixin):
+    """Scores for labels, of the whole input or of each token.
+
+    Parameters: `classifier.*`, and when `activation` is given `dense.*` before it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_labels: int,
+        *,
+        pooling: Pooling = "first",
+        activation: str | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        padding_id: int | None = None,
+    ) -> None:
+        """Make the head.
+
+        Args:
+            hidden_size: The model's width.
+            num_labels: How many scores.
+            pooling: Which hidden state is classified: each token's, the first, the last real one, the mean of the
+                real ones, or the mean of the scores of the first two, each from a classifier of its own (DeiT).
+            activation: Of a layer before the classifier; no such layer when `None`.
+            bias: Whether the classifier has a bias.
+            dropout: Before the layer and before the classifier.
+            padding_id: Which token is padding where the caller gives no `padding_mask`.
+        """
+        super().__init__()
+        self.pooling, self.padding_id = pooling, padding_id
+        self.dense = None if activation is None else nn.Linear(hidden_size, hidden_size)
+        self.activation = ACTIVATIONS[activation or "linear"]
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
+        self.second = nn.Linear(hidden_size, num_labels, bias=bias) if pooling == "first_two" else None
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, *, num_labels: int, **options: Any) -> Self:
+        """The model's width; the last token where it is causal, else the first."""
+        return cls(config.hidden_size, num_labels, **{"pooling": "last" if config.causal else "first", **options})
+
+    def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
+        """Scores `[b, num_labels]`, or `[b, s, num_labels]` for each token."""
+        if self.second is not None:
+            scores: Tensor = (self.classifier(hidden_states[:, 0]) + self.second(hidden_states[:, 1])) / 2
+            return scores
+        pooled = self._pool(hidden_states, kw_args)
+        if self.dense is not None:
+            pooled = self.activation(self.dense(self.dropout(pooled)))
+        scores = self.classifier(self.dropout(pooled))
+        return scores
+
+    def _pool(self, hidden_states: Tensor, kw_args: dict[str, Any]) -> Tensor:
+        if self.pooling == "tokens":
+            return hidden_states
+        if self.pooling == "first":
+            return hidden_states[:, 0]
+        real = self._real(hidden_states, kw_args)
+        if self.pooling == "mean":
+            share = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+            return (hidden_states * share[..., None].to(hidden_states.dtype)).sum(dim=1)
+        places = torch.arange(real.shape[1], device=real.device)
+        last = (places * real).argmax(dim=1)
+        return hidden_states[torch.arange(len(last), device=last.device), last]
+
+    def _real(self, hidden_states: Tensor, kw_args: dict[str, Any]) -> Tensor:
+        """Which tokens are no padding, `[b, s]`."""
+        padding_mask, input_ids = kw_args["padding_mask"], kw_args["input_ids"]
+        if padding_mask is not None:
+            mask: Tensor = padding_mask[:, -hidden_states.shape[1] :].long()
+            return mask
+        if self.padding_id is not None and input_ids is not None:
+            return (input_ids != self.padding_id).long()
+        return torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)

@@ -1,0 +1,81 @@
+"""Images as tokens (ViT, Dosovitskiy et al. 2021): patches, class tokens, and positions that fit any grid.
+
+`PatchEmbeddingMixin`. Hooks: `word_embedding_forward` (replaces); reads `pixel_values` `[b, channels, height, width]`.
+Parameters: `projection.*` (a convolution), `first_tokens` `[n, h]`.
+`InterpolatedPositionsMixin`. Hooks: `position_embedding_forward` (replaces). Parameters: `first` `[n, h]`,
+`table` `[rows * columns, h]`.
+"""
+
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swissarmy.core.errors import HookCallError
+from swissarmy.core.mixin import BaseMixin
+
+
+@final
+class PatchEmbeddingMixin(BaseMixin):
+    """A vector for each patch of an image, after one or more trained ones (class, distillation)."""
+
+    def __init__(
+        self, hidden_size: int, patch_size: tuple[int, int], *, channels: int = 3, num_first_tokens: int = 1
+    ) -> None:
+        """Make the projection; `patch_size` is (height, width) in pixels."""
+        super().__init__()
+        self.patch_size, self.channels = patch_size, channels
+        self.projection = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.first_tokens = nn.Parameter(torch.zeros(num_first_tokens, hidden_size))
+
+    def word_embedding_forward(
+        self, input_ids: Tensor | None, *, pixel_values: Tensor | None = None, **kw_args: Any
+    ) -> Tensor:
+        """`[b, channels, height, width]` to `[b, first tokens + patches, h]`; sizes divisible by the patch."""
+        if pixel_values is None or pixel_values.dim() != 4:
+            raise HookCallError("this model sees images: call it with pixel_values=[b, channels, height, width].")
+        b, channels, height, width = pixel_values.shape
+        rows, columns = self.patch_size
+        if channels != self.channels or height % rows or width % columns:
+            raise HookCallError(
+                f"pixel_values of {channels} x {height} x {width}: this model takes {self.channels} channels, and "
+                f"sizes divisible by its patch of {rows} x {columns}."
+            )
+        kw_args["output_cross_layer"]["patch_grid"] = (height // rows, width // columns)
+        patches = self.projection(pixel_values).flatten(2).transpose(1, 2)
+        return torch.cat((self.first_tokens.expand(b, -1, -1), patches), dim=1)
+
+
+@final
+class InterpolatedPositionsMixin(BaseMixin):
+    """A trained vector for each cell of a grid, stretched bicubically where an image has another one."""
+
+    def __init__(self, hidden_size: int, grid: tuple[int, int], *, num_first_tokens: int = 1) -> None:
+        """Make the table; `grid` is (rows, columns) in patches."""
+        super().__init__()
+        self.grid = grid
+        self.first = nn.Parameter(torch.zeros(num_first_tokens, hidden_size))
+        self.table = nn.Parameter(torch.zeros(grid[0] * grid[1], hidden_size))
+        nn.init.normal_(self.first, std=0.02)
+        nn.init.normal_(self.table, std=0.02)
+
+    def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
+        """The positions of this call's grid, `[1, first tokens + patches, h]`."""
+        table = interpolate(self.table, self.grid, kw_args["output_cross_layer"]["patch_grid"])
+        return torch.cat((self.first, table))[None]
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Make the stretched table the table itself, for training at another size."""
+        with torch.no_grad():
+            self.table = nn.Parameter(interpolate(self.table, self.grid, grid).clone())
+        self.grid = grid
+
+
+def interpolate(table: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """A table of positions `[rows * columns, h]` on another grid, bicubic."""
+    if grid == target:
+        return table
+    image = table.view(1, *grid, -1).permute(0, 3, 1, 2)
+    stretched = F.interpolate(image, size=target, mode="bicubic", align_corners=False)
+    return stretched.permute(0, 2, 3, 1).flatten(0, 2)
