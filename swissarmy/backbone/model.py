@@ -124,7 +124,7 @@ class BaseModel(Model):
         if self.config.cross_attention:
             call["cross_attention_mask"] = as_mask(call.get("cross_attention_mask"))
         result = self.transformer(
-            input_ids,
+            position_ids,
             self._mask(attention_mask, padding_mask),
             self.hooks,
             call,

@@ -1,0 +1,250 @@
+"""`load`: any supported checkpoint into a model, strictly, one tensor at a time.
+
+The model is built on the meta device, every name and shape is compared before anything is read, and then the tensors
+stream in: nothing is silently missing, unexpected, or left at a random value.
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from swissarmy.backbone.model import Model
+from swissarmy.core.errors import CheckpointError, nearest
+from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.weight_map import Entry, WeightMap
+from swissarmy.interop.gguf import GGUFSource
+from swissarmy.interop.hub import resolve
+from swissarmy.interop.safetensors_folder import SafetensorsSource
+from swissarmy.interop.tensor_source import TensorSource
+from swissarmy.models._family import build_model
+
+MIXINS_FILE = "mixins.safetensors"
+PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    mixins: Mapping[str, BaseMixin] | None = None,
+    allow_missing: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Model:
+    """Load a model, ready for use (in evaluation mode).
+
+    Args:
+        path: A Hugging Face folder, the name of a model on the hub, or a `.gguf` file.
+        dtype: The precision of the parameters; as stored when omitted (float32 for GGUF).
+        device: Where they go.
+        mixins: Mixins to add, by name; their weights are read too where the folder has them.
+        allow_missing: Patterns of parameters that the checkpoint may lack (`"mixins.head.*"`); they start anew.
+        overrides: Fields of the configuration to change before building (`{"num_labels": 3}`).
+
+    Raises:
+        CheckpointError: No such checkpoint, or tensors that are missing, unexpected or of another shape.
+        ConfigError: A configuration that is not understood.
+    """
+    values, source, where = _open(path, dtype)
+    values = {**values, **(overrides or {})}
+    with torch.device("meta"):
+        model = build_model(values, where=where)
+    plan = make_plan(model, source, allow_missing=allow_missing)
+    _stream(model, plan, source, dtype=dtype, device=torch.device(device))
+    for name in plan.missing:
+        _start_anew(model, name, torch.device(device), dtype or torch.float32)
+    _add_mixins(model, mixins or {}, Path(where).parent, dtype, allow_missing)
+    return model.eval()
+
+
+class AutoModel:
+    """The names that users of `transformers` know."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, **options: Any) -> Model:
+        """The same as `load`."""
+        return load(path, **options)
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Model:
+        """A model with new weights from what a `config.json` would hold; `model_type` names the family."""
+        return build_model(config)
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """Which tensor goes where, after everything was compared."""
+
+    entries: tuple[Entry, ...]
+    names: Mapping[str, str]
+    """What the checkpoint calls the tensor of an entry."""
+    missing: tuple[str, ...]
+    """Our parameters that it lacks, and may."""
+
+
+def make_plan(model: Model, source: TensorSource, *, allow_missing: Sequence[str] = ()) -> Plan:
+    """Compare names and shapes of a checkpoint with a model's, without reading any tensor.
+
+    Raises:
+        CheckpointError: Everything that does not fit, in one report.
+    """
+    weight_map: WeightMap = model.source.family.weights(model.source.config)
+    parameters = dict(model.named_parameters())
+    entries = {entry.theirs: entry for entry in weight_map.entries(parameters)}
+    names = {weight_map.canonical(name, entries): name for name in source.names()}
+    problems: list[str] = []
+    lacking = [entry for theirs, entry in entries.items() if theirs not in names]
+    missing = tuple(name for entry in lacking for name in entry.ours if _allowed(name, allow_missing))
+    problems += _report("missing", [e.theirs for e in lacking if not set(e.ours) <= {*missing}], names)
+    extra = [
+        name
+        for name in names
+        if name not in entries and name not in weight_map.duplicates and not weight_map.is_ignored(name)
+    ]
+    problems += _report("unexpected", extra, entries)
+    for theirs, entry in entries.items():
+        if theirs in names:
+            problems += _shape_problems(entry, names[theirs], source, parameters)
+    if problems:
+        raise CheckpointError("\n  - ".join([f"{_place(source)} does not fit {type(model).__name__}:", *problems]))
+    _check_duplicates(weight_map, names, source)
+    return Plan(tuple(e for e in entries.values() if e.theirs in names), names, missing)
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """Names that differ only in a layer's number, as one: `layers.{0..23}.x`."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        template = name if number is None else name[: number.start(1)] + "{}" + name[number.end(1) :]
+        groups.setdefault(template, []).append(-1 if number is None else int(number[1]))
+    return [template.replace("{}", _ranges(sorted(numbers)), 1) for template, numbers in groups.items()]
+
+
+def _open(path: str | Path, dtype: torch.dtype | None) -> tuple[dict[str, Any], TensorSource, str]:
+    """The configuration, the tensors, and the name of the configuration for messages."""
+    if str(path).endswith(".gguf"):
+        gguf = GGUFSource(path, dtype=dtype or torch.float32)
+        return gguf.config, gguf, str(path)
+    folder = resolve(path, PATTERNS)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        found = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
+        raise CheckpointError(f"{folder} has no config.json; it holds: {found}.")
+    return read_json(config_file), SafetensorsSource(folder), str(config_file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an error that names the file and the line."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not valid UTF-8 at byte {error.start}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _stream(
+    model: nn.Module, plan: Plan, source: TensorSource, *, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    for entry in plan.entries:
+        for name, tensor in zip(entry.ours, entry.rule.split(source.read(plan.names[entry.theirs])), strict=True):
+            _assign(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+
+
+def _start_anew(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """A starting value for a parameter that the checkpoint lacks: small for matrices, one for norms, else zero."""
+    parameter = model.get_parameter(name)
+    fresh = torch.zeros(parameter.shape, device=device, dtype=dtype)
+    if parameter.dim() > 1:
+        nn.init.normal_(fresh, std=0.02)
+    elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.LayerNorm) and name.endswith("weight"):
+        nn.init.ones_(fresh)
+    _assign(model, name, fresh)
+
+
+def _add_mixins(
+    model: Model, mixins: Mapping[str, BaseMixin], folder: Path, dtype: torch.dtype | None, allow: Sequence[str]
+) -> None:
+    """Add the caller's mixins and fill them from the folder's mixin file, if it has one."""
+    for name, mixin in mixins.items():
+        model.add_mixin(name, mixin)
+    file = folder / MIXINS_FILE
+    stored = SafetensorsSource(file) if file.is_file() else None
+    parameters = {name: p for name, p in model.named_parameters() if name not in model.source.own_names}
+    have = set() if stored is None else set(stored.names())
+    problems = _report("unexpected", sorted(have - set(parameters)), parameters)
+    if stored is not None:
+        problems += _report("missing", [n for n in parameters if n not in have and not _allowed(n, allow)], have)
+        problems += [
+            f"{name}: have {list(stored.shape(name))}, want {list(parameters[name].shape)}"
+            for name in have & set(parameters)
+            if stored.shape(name) != parameters[name].shape
+        ]
+    if problems:
+        cure = 'give the mixins that the model was saved with: sat.load(path, mixins={"name": MyMixin(...)}).'
+        raise CheckpointError("\n  - ".join([f"{file} does not fit the model; {cure}", *problems]))
+    if stored is not None:
+        for name in have:
+            parameter = parameters[name]
+            _assign(model, name, stored.read(name).to(device=parameter.device, dtype=dtype or parameter.dtype))
+
+
+def _allowed(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _shape_problems(
+    entry: Entry, name: str, source: TensorSource, parameters: Mapping[str, nn.Parameter]
+) -> Iterable[str]:
+    want = [parameters[ours].shape for ours in entry.ours]
+    whole = entry.rule.join([torch.empty(shape, device="meta") for shape in want]).shape
+    if source.shape(name) != whole:
+        yield f"{name}: have {list(source.shape(name))}, want {list(whole)} ({', '.join(entry.ours)})"
+
+
+def _check_duplicates(weight_map: WeightMap, names: Mapping[str, str], source: TensorSource) -> None:
+    for copy, original in weight_map.duplicates.items():
+        if copy in names and original in names and not torch.equal(source.read(names[copy]), source.read(names[original])):
+            raise CheckpointError(
+                f"{names[copy]} differs from {names[original]}, and the config ties them (tie_word_embeddings): "
+                'load with overrides={"tie_word_embeddings": False} to keep both.'
+            )
+
+
+def _report(kind: str, names: Sequence[str], others: Iterable[str]) -> list[str]:
+    others = list(others)
+    lines = []
+    for group in group_names(names):
+        example = re.sub(r"\{(\d+)[^}]*\}", r"\1", group)
+        lines.append(f"{kind}: {group}.{nearest(example, others)}")
+    return lines
+
+
+def _place(source: TensorSource) -> str:
+    names = source.names()
+    return source.where(names[0]) if names else "the checkpoint"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`{0..23}` for a run, `{0,2,5}` otherwise, and the number itself when there is one."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    run = numbers[-1] - numbers[0] + 1 == len(numbers)
+    return "{" + (f"{numbers[0]}..{numbers[-1]}" if run else ",".join(map(str, numbers))) + "}"

@@ -1,0 +1,71 @@
+"""`save_pretrained`: a model in Hugging Face's layout, written whole or not at all.
+
+The family's own tensors go to `model.safetensors`, for `transformers` to read; mixins that were added later go to
+`mixins.safetensors` beside it, for `sat.load(..., mixins={...})`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swissarmy.backbone.model import BaseModel, Model
+from swissarmy.core.errors import CheckpointError
+from swissarmy.core.weight_map import Entry, WeightMap
+from swissarmy.interop.load import MIXINS_FILE
+from swissarmy.interop.safe_write import save_safetensors, write_folder
+from swissarmy.models._family import Source, build_model
+
+
+def save_pretrained(model: Model, folder: Path) -> None:
+    """Write configuration and weights to a new folder.
+
+    Raises:
+        CheckpointError: The folder exists and is not empty, cannot be written, or the model has lost a part that its
+            family's layout needs.
+    """
+    source = model.source or _plain_source(model)
+    parameters = dict(model.named_parameters())
+    weight_map: WeightMap = source.family.weights(source.config)
+    own = {name: parameters[name] for name in parameters if name in source.own_names}
+    entries = weight_map.entries(own)
+    _check_complete(source, parameters)
+    added = {name: parameter.detach() for name, parameter in parameters.items() if name not in source.own_names}
+    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    with write_folder(folder) as target:
+        values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
+        (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        save_safetensors(target, _their_tensors(entries, own))
+        if added:
+            save_safetensors(target, added, name=MIXINS_FILE)
+
+
+def _their_tensors(entries: list[Entry], parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for entry in entries:
+        yield entry.theirs, entry.rule.join([parameters[name].detach() for name in entry.ours])
+
+
+def _check_complete(source: Source, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a model that is no longer what its configuration says; a reader would find another network."""
+    for name, shape in source.own_names.items():
+        if name not in parameters:
+            raise CheckpointError(f"'{name}' was removed from the model, and its family's layout needs it.")
+        if parameters[name].shape != shape:
+            raise CheckpointError(
+                f"'{name}' is {list(parameters[name].shape)} and the configuration says {list(shape)}: build the model "
+                "with the configuration that you want and copy the weights."
+            )
+
+
+def _plain_source(model: Model) -> Source:
+    """A `BaseModel` that no family built is saved as the plain backbone."""
+    if not isinstance(model, BaseModel):
+        raise CheckpointError(f"{type(model).__name__} belongs to no family; save its parts one by one.")
+    fields: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if value is not None}
+    with torch.device("meta"):
+        plain = build_model({"model_type": "swissarmy", "architectures": ["BaseModel"], "backbone": fields})
+    assert isinstance(plain.source, Source)
+    return plain.source
