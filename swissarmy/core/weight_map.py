@@ -6,8 +6,8 @@ A map is a list of rules between name templates. `{i}` stands for a number, `{p}
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import final
+from dataclasses import dataclass, field, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Rule:
     ours: tuple[str, ...]
     split: Callable[[Tensor], Tensors]
     join: Callable[[Tensors], Tensor]
+    fit: Callable[[Tensor, Mapping[str, Any]], Tensor] | None = None
+    """Their tensor for the model's sizes, from the stored one and the `config.json` it was stored with; what it cannot
+    fit it returns as it is. Without this, a stored tensor of another shape is an error."""
 
     def bind(self, our_name: str) -> "Entry | None":
         """The rule with its placeholders filled in from one of our names, or `None` if no template fits."""
@@ -87,6 +90,15 @@ def reshaped(theirs: str, ours: str, *, theirs_shape: Sequence[int], ours_shape:
         (ours,),
         lambda tensor: [tensor.reshape(tuple(ours_shape))],
         lambda parts: parts[0].reshape(tuple(theirs_shape)),
+    )
+
+
+def unsqueezed(rule: Rule) -> Rule:
+    """The same rule where their tensor has one more dimension in front, of size one."""
+    return replace(
+        rule,
+        split=lambda tensor: rule.split(tensor.squeeze(0)),
+        join=lambda parts: rule.join(parts).unsqueeze(0),
     )
 
 

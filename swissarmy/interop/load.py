@@ -25,8 +25,8 @@ from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.models._family import build_model
 
-MIXINS_FILE = "mixins.safetensors"
-PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model")
+MIXINS_FOLDER = "mixins"
+PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model", "mixins/*")
 
 
 def load(
@@ -185,8 +185,8 @@ def _add_mixins(
     """Add the caller's mixins and fill them from the folder's mixin file, if it has one."""
     for name, mixin in mixins.items():
         model.add_mixin(name, mixin)
-    file = folder / MIXINS_FILE
-    stored = SafetensorsSource(file) if file.is_file() else None
+    own = folder / MIXINS_FOLDER
+    stored = SafetensorsSource(own) if own.is_dir() else None
     parameters = {name: p for name, p in model.named_parameters() if name not in model.source.own_names}
     have = set() if stored is None else set(stored.names())
     problems = _report("unexpected", sorted(have - set(parameters)), parameters)
@@ -199,7 +199,7 @@ def _add_mixins(
         ]
     if problems:
         cure = 'give the mixins that the model was saved with: sat.load(path, mixins={"name": MyMixin(...)}).'
-        raise CheckpointError("\n  - ".join([f"{file} does not fit the model; {cure}", *problems]))
+        raise CheckpointError("\n  - ".join([f"{own} does not fit the model; {cure}", *problems]))
     if stored is not None:
         for name in have:
             parameter = parameters[name]
@@ -221,7 +221,11 @@ def _shape_problems(
 
 def _check_duplicates(weight_map: WeightMap, names: Mapping[str, str], source: TensorSource) -> None:
     for copy, original in weight_map.duplicates.items():
-        if copy in names and original in names and not torch.equal(source.read(names[copy]), source.read(names[original])):
+        if (
+            copy in names
+            and original in names
+            and not torch.equal(source.read(names[copy]), source.read(names[original]))
+        ):
             raise CheckpointError(
                 f"{names[copy]} differs from {names[original]}, and the config ties them (tie_word_embeddings): "
                 'load with overrides={"tie_word_embeddings": False} to keep both.'

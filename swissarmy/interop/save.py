@@ -1,7 +1,7 @@
 """`save_pretrained`: a model in Hugging Face's layout, written whole or not at all.
 
 The family's own tensors go to `model.safetensors`, for `transformers` to read; mixins that were added later go to
-`mixins.safetensors` beside it, for `sat.load(..., mixins={...})`.
+`mixins/` beside it, for `sat.load(..., mixins={...})`.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.weight_map import Entry, WeightMap
-from swissarmy.interop.load import MIXINS_FILE
+from swissarmy.interop.load import MIXINS_FOLDER
 from swissarmy.interop.safe_write import save_safetensors, write_folder
 from swissarmy.models._family import Source, build_model
 
@@ -40,7 +40,8 @@ def save_pretrained(model: Model, folder: Path) -> None:
         (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_safetensors(target, _their_tensors(entries, own))
         if added:
-            save_safetensors(target, added, name=MIXINS_FILE)
+            (target / MIXINS_FOLDER).mkdir()
+            save_safetensors(target / MIXINS_FOLDER, added)
 
 
 def _their_tensors(entries: list[Entry], parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ Hooks: `word_embedding_forward` (wraps). Parameters: none.
 
 from typing import Any, Self, final
 
+import torch
 from torch import Tensor
 
 from swissarmy.backbone.config import TransformerConfig
@@ -28,5 +29,7 @@ class EmbeddingScaleMixin(BaseMixin):
 
     @non_conflict
     def word_embedding_forward(self, input_ids: Tensor, *, old_impl: Hook, **kw_args: Any) -> Tensor:
-        """Scale what was there, `[b, s, h]`."""
-        return self.scale * old_impl(input_ids, **kw_args)
+        """Scale what was there, `[b, s, h]`; the scale has the precision of the embeddings, as published models do."""
+        embedded: Tensor = old_impl(input_ids, **kw_args)
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=embedded.device)
+        return embedded * scale.to(embedded.dtype)

@@ -1,7 +1,7 @@
 """Images as tokens (ViT, Dosovitskiy et al. 2021): patches, class tokens, and positions that fit any grid.
 
 `PatchEmbeddingMixin`. Hooks: `word_embedding_forward` (replaces); reads `pixel_values` `[b, channels, height, width]`.
-Parameters: `projection.*` (a convolution), `first_tokens` `[n, h]`.
+Parameters: `projection.*` (a convolution), `first_tokens.{i}` `[h]`.
 `InterpolatedPositionsMixin`. Hooks: `position_embedding_forward` (replaces). Parameters: `first` `[n, h]`,
 `table` `[rows * columns, h]`.
 """
@@ -27,7 +27,9 @@ class PatchEmbeddingMixin(BaseMixin):
         super().__init__()
         self.patch_size, self.channels = patch_size, channels
         self.projection = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-        self.first_tokens = nn.Parameter(torch.zeros(num_first_tokens, hidden_size))
+        self.first_tokens = nn.ParameterList(torch.empty(hidden_size) for _ in range(num_first_tokens))
+        for weight in (self.projection.weight, *self.first_tokens):
+            nn.init.normal_(weight, std=0.02)
 
     def word_embedding_forward(
         self, input_ids: Tensor | None, *, pixel_values: Tensor | None = None, **kw_args: Any
@@ -43,8 +45,9 @@ class PatchEmbeddingMixin(BaseMixin):
                 f"sizes divisible by its patch of {rows} x {columns}."
             )
         kw_args["output_cross_layer"]["patch_grid"] = (height // rows, width // columns)
-        patches = self.projection(pixel_values).flatten(2).transpose(1, 2)
-        return torch.cat((self.first_tokens.expand(b, -1, -1), patches), dim=1)
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        first = [token.expand(b, 1, -1) for token in self.first_tokens]
+        return torch.cat((*first, patches), dim=1)
 
 
 @final
@@ -62,7 +65,10 @@ class InterpolatedPositionsMixin(BaseMixin):
 
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """The positions of this call's grid, `[1, first tokens + patches, h]`."""
-        table = interpolate(self.table, self.grid, kw_args["output_cross_layer"]["patch_grid"])
+        grid = kw_args["output_cross_layer"].get("patch_grid")
+        if grid is None:
+            raise HookCallError("these positions are of a grid of patches: add a PatchEmbeddingMixin before them.")
+        table = interpolate(self.table, self.grid, grid)
         return torch.cat((self.first, table))[None]
 
     def resize(self, grid: tuple[int, int]) -> None:

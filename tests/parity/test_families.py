@@ -15,8 +15,10 @@ FAMILIES = [module.name for module in pkgutil.iter_modules(cases.__path__)]
 CASES: list[Case] = [case for name in FAMILIES for case in importlib.import_module(f"tests.parity.cases.{name}").CASES]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, dtype, id=f"{case.name}, {dtype}") for case in CASES for dtype in case.dtypes],
+)
 def test_outputs_hidden_states_gradients_and_files_equal_the_reference(
     case: Case, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -13,7 +13,15 @@ def inputs(config: Any) -> list[Inputs]:
 
 
 def case(name: str, architecture: str = "GPT2LMHeadModel", **changes: Any) -> Case:
-    sizes = {"n_layer": 3, "n_embd": 48, "n_head": 4, "vocab_size": 99, "n_positions": 32, "pad_token_id": 0, "initializer_range": 0.2}
+    sizes = {
+        "n_layer": 3,
+        "n_embd": 48,
+        "n_head": 4,
+        "vocab_size": 99,
+        "n_positions": 32,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
     return Case(f"gpt2-{name}", lambda: getattr(transformers, architecture)(GPT2Config(**sizes | changes)), inputs)
 
 

@@ -38,7 +38,10 @@ CASES = [
     case("linear rope", **rope("linear", factor=2.0)),
     case("dynamic rope", max_position_embeddings=8, **rope("dynamic", factor=2.0)),
     case("yarn rope", **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-    case("yarn rope, betas", **rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0)),
+    case(
+        "yarn rope, betas",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0),
+    ),
     case(
         "longrope, beyond the trained length",
         **rope(

