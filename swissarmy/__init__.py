@@ -16,7 +16,11 @@ from swissarmy.core.errors import (
 )
 from swissarmy.core.hooks import HookContext, non_conflict, replaceable
 from swissarmy.core.mixin import BaseMixin
+from swissarmy.generation.autoregressive_sampling import fill_sequence
+from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy
+from swissarmy.generation.text import generate, stream
 from swissarmy.interop.load import AutoModel, load
+from swissarmy.interop.tokenizer import load_tokenizer
 from swissarmy.mixins.alibi import ALiBiMixin
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin
 from swissarmy.mixins.embedding_scale import EmbeddingScaleMixin
@@ -56,6 +60,7 @@ __all__ = [
     "EmbeddingScaleMixin",
     "EncoderDecoderModel",
     "Full",
+    "GreedyStrategy",
     "HiddenStatesMixin",
     "HookCallError",
     "HookConflictError",
@@ -80,14 +85,20 @@ __all__ = [
     "RelativePositionBiasMixin",
     "RopeParameters",
     "RotaryMixin",
+    "SamplingStrategy",
     "SlidingWindow",
     "SlidingWindowMixin",
+    "Strategy",
     "SwissArmyError",
     "TokenTypesMixin",
     "TokenizerError",
     "TransformerConfig",
+    "fill_sequence",
+    "generate",
     "list_models",
     "load",
+    "load_tokenizer",
     "non_conflict",
     "replaceable",
+    "stream",
 ]

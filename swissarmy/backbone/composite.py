@@ -76,10 +76,14 @@ class CompositeModel(Model):
             if part is not None:
                 return {part: mixin}
             suited = [key for key in self.parts if mixin.suits(self.part(key).config)]
-            if not suited:
-                raise HookDefinitionError(f"mixin '{name}' ({type(mixin).__name__}) suits no part of this model.")
-            return {key: mixin if key == suited[0] else copy.deepcopy(mixin) for key in suited}
-        return mixin if part is None else {part: mixin[part]}
+            mixin = {key: mixin if key == suited[0] else copy.deepcopy(mixin) for key in suited}
+        if not mixin:
+            raise HookDefinitionError(f"mixin '{name}' suits no part of this model.")
+        if part is None:
+            return mixin
+        if part not in mixin:
+            raise HookDefinitionError(f"mixin '{name}' is not for part '{part}'; it is for: {', '.join(mixin)}.")
+        return {part: mixin[part]}
 
     def _holders(self, name: str) -> list[str]:
         holders = [key for key in self.parts if name in self.part(key).mixins]

@@ -27,6 +27,8 @@ class TransformerConfig(Config):
     """How many token ids; 0 for a backbone whose input is no token (a `word_embedding_forward` mixin makes it)."""
     max_sequence_length: int
     """How many positions the model is made for."""
+    padding_id: int | None = None
+    """A token whose embedding gets no gradient from the input (BERT)."""
 
     num_key_value_heads: int | None = None
     """How many key and value heads (grouped-query attention); as many as query heads when `None`."""
@@ -105,6 +107,8 @@ class TransformerConfig(Config):
                 yield f"{name}={getattr(self, name)} must be at least 1"
         if self.vocab_size < 0:
             yield f"vocab_size={self.vocab_size} must not be negative"
+        if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
+            yield f"padding_id={self.padding_id} is no token of {self.vocab_size}"
         if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
             yield (
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="

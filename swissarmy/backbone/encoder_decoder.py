@@ -5,6 +5,7 @@ Shapes: b batch, t source positions, s target positions.
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from swissarmy.backbone.composite import CompositeModel
@@ -17,9 +18,25 @@ from swissarmy.nn.masks import Full, Padding
 class EncoderDecoderModel(CompositeModel):
     """`model(input_ids, decoder_input_ids=...)` gives the decoder's `(logits, outputs of layer 0, ...)`."""
 
-    def __init__(self, encoder: BaseModel, decoder: BaseModel, *, share_word_embeddings: bool = True) -> None:
-        """Join two models; the decoder's configuration says `cross_attention=True`."""
+    def __init__(
+        self,
+        encoder: BaseModel,
+        decoder: BaseModel,
+        *,
+        share_word_embeddings: bool = True,
+        start_token_id: int | None = None,
+    ) -> None:
+        """Join two models.
+
+        Args:
+            encoder: Reads the source.
+            decoder: Its configuration says `cross_attention=True`.
+            share_word_embeddings: Whether the decoder uses the encoder's word embeddings.
+            start_token_id: For a model whose target is its source (classifiers): where a call has no
+                `decoder_input_ids`, they are the source shifted right behind this token.
+        """
         super().__init__({"encoder": encoder, "decoder": decoder})
+        self.start_token_id = start_token_id
         if not decoder.config.cross_attention:
             raise HookDefinitionError("the decoder has no cross-attention: give its config cross_attention=True.")
         if share_word_embeddings:
@@ -55,6 +72,8 @@ class EncoderDecoderModel(CompositeModel):
             mems: A key-value cache for the decoder.
             **kw_args: Given to each part that accepts them.
         """
+        if decoder_input_ids is None and input_ids is not None and self.start_token_id is not None:
+            decoder_input_ids = F.pad(input_ids[:, :-1], (1, 0), value=self.start_token_id)
         if decoder_input_ids is None:
             raise HookCallError("an encoder-decoder needs decoder_input_ids [b, s], the target shifted right.")
         routed = self._route(kw_args)
@@ -68,7 +87,7 @@ class EncoderDecoderModel(CompositeModel):
             decoder_attention_mask,
             padding_mask=decoder_padding_mask,
             mems=mems,
-            **{**_source(encoder_outputs, padding_mask), **routed["decoder"]},
+            **{**self._source(input_ids, encoder_outputs, padding_mask), **routed["decoder"]},
         )
         return result
 
@@ -85,9 +104,11 @@ class EncoderDecoderModel(CompositeModel):
             raise HookCallError("an encoder-decoder generates from a source: give input_ids=[b, t].")
         routed = self._route(kw_args)
         encoder_outputs = self.encode(input_ids, padding_mask=padding_mask, **routed["encoder"])
-        return self.part("decoder"), {**_source(encoder_outputs, padding_mask), **routed["decoder"]}
+        source = self._source(input_ids, encoder_outputs, padding_mask)
+        return self.part("decoder"), {**source, **routed["decoder"]}
 
-
-def _source(encoder_outputs: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
-    mask = Full() if padding_mask is None else Padding(padding_mask)
-    return {"encoder_outputs": encoder_outputs, "cross_attention_mask": mask}
+    def _source(self, input_ids: Tensor | None, encoder_outputs: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
+        """What the decoder is told of the source; its token ids only if some hook of the decoder reads them."""
+        mask = Full() if padding_mask is None else Padding(padding_mask)
+        source = {"encoder_outputs": encoder_outputs, "cross_attention_mask": mask}
+        return source | {"source_ids": input_ids} if "source_ids" in self.part("decoder").accepted else source

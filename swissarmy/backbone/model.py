@@ -103,6 +103,7 @@ class BaseModel(Model):
         *,
         padding_mask: Tensor | None = None,
         mems: KVCache | None = None,
+        logits_to_keep: int | None = None,
         **kw_args: Any,
     ) -> tuple[Any, ...]:
         """Run the model.
@@ -114,6 +115,7 @@ class BaseModel(Model):
                 `[q, k]` or `[b|1, heads|1, q, k]` with 1 = visible.
             padding_mask: `[b, k]`, 1 = a real token; combined with the attention mask.
             mems: A key-value cache that a `CachedAutoRegressiveMixin` reads and extends.
+            logits_to_keep: Run the head on so many last positions only; on all when omitted.
             **kw_args: Whatever the hooks of the model accept.
 
         Returns:
@@ -130,7 +132,8 @@ class BaseModel(Model):
             call,
             checkpoint_every=self.checkpoint_every,
         )
-        return self.hooks.final_forward(result.hidden_states, **result.kw_args), *result.outputs_per_layers
+        kept = result.hidden_states if logits_to_keep is None else result.hidden_states[:, -logits_to_keep:]
+        return self.hooks.final_forward(kept, **result.kw_args), *result.outputs_per_layers
 
     def add_mixin(self, name: str, mixin: BaseMixin, part: str | None = None) -> Self:
         """Add a mixin; its parameters become `mixins.<name>.*` and move to the model's device and precision.

@@ -31,7 +31,9 @@ class Transformer(nn.Module):
         """Make the parameters, initialised as the configuration says."""
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size) if config.vocab_size else None
+        self.word_embeddings = (
+            nn.Embedding(config.vocab_size, config.hidden_size, config.padding_id) if config.vocab_size else None
+        )
         self.embedding_norm = self._norm() if config.embedding_norm else None
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(TransformerLayer(config, layer_id) for layer_id in range(config.num_layers))

@@ -114,6 +114,8 @@ class WeightMap:
     """Templates of their tensors that carry nothing this model needs (buffers, heads of another task)."""
     duplicates: Mapping[str, str] = field(default_factory=dict)
     """Their tensors that repeat another one, because they are tied; must be equal to it."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Their tensors that hold another one again: written beside it, and read only where the other is missing."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Ends of names in old checkpoints, and what they are called now."""
 

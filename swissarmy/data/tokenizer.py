@@ -97,6 +97,10 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({len(self)} tokens, {self.special_tokens})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # workers of a loader get a copy by pickling, which a compiled template cannot go through
+        return self.__dict__ | {"_compiled_template": None}
+
     @property
     def vocab_size(self) -> int:
         """The number of tokens without those added later, as Hugging Face counts it."""
@@ -136,6 +140,10 @@ class Tokenizer:
     ) -> list[str]:
         """The texts of several lists of ids, or of a tensor `[b, s]`."""
         return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in batch]
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that come one by one; see `TextStream`."""
+        return TextStream(self)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from swissarmy.core.errors import TokenizerError, nearest
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.interop.byte_level import CL100K, GPT2, LLAMA3, QWEN2, STARCODER, Splitting, byte_level_bpe, split_merges
-from swissarmy.interop.gguf import GGUFArray, GGUFFile
+from swissarmy.interop.gguf_file import GGUFArray, GGUFFile
 
 _T = TypeVar("_T")
 
@@ -166,6 +166,7 @@ class _Reader:
         to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.normalizer = normalizers.Replace(" ", _SPACE)
         if self._flag("add_space_prefix", True):
+            # also after each token that is matched whole, as in llama.cpp and Llama 2's own tokenizer.json
             backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), backend.normalizer])
             to_text.append(decoders.Strip(content=" ", left=1, right=0))
         backend.decoder = decoders.Sequence(to_text)

@@ -23,6 +23,8 @@ def resolve(path_or_name: str | Path, allow_patterns: Sequence[str], *, revision
     Raises:
         CheckpointError: there is no such path or name, it is gated, or the hub cannot be reached.
     """
+    if not str(path_or_name):
+        raise CheckpointError("the name of a checkpoint is empty; give a path, or a name on the Hugging Face hub")
     path = Path(path_or_name).expanduser()
     if _exists(path):
         return path

@@ -53,10 +53,9 @@ def load(
         ConfigError: A configuration that is not understood.
     """
     values, source, where = _open(path, dtype)
-    values = {**values, **(overrides or {})}
     with torch.device("meta"):
-        model = build_model(values, where=where)
-    plan = make_plan(model, source, allow_missing=allow_missing)
+        model = build_model({**values, **(overrides or {})}, where=where)
+    plan = make_plan(model, source, allow_missing=allow_missing, stored=values)
     _stream(model, plan, source, dtype=dtype, device=torch.device(device))
     for name in plan.missing:
         _start_anew(model, name, torch.device(device), dtype or torch.float32)
@@ -88,18 +87,24 @@ class Plan:
     """What the checkpoint calls the tensor of an entry."""
     missing: tuple[str, ...]
     """Our parameters that it lacks, and may."""
+    stored: Mapping[str, Any]
+    """Its own `config.json`, before any override."""
 
 
-def make_plan(model: Model, source: TensorSource, *, allow_missing: Sequence[str] = ()) -> Plan:
+def make_plan(
+    model: Model, source: TensorSource, *, allow_missing: Sequence[str] = (), stored: Mapping[str, Any] | None = None
+) -> Plan:
     """Compare names and shapes of a checkpoint with a model's, without reading any tensor.
 
     Raises:
         CheckpointError: Everything that does not fit, in one report.
     """
+    stored = model.source.values if stored is None else stored
     weight_map: WeightMap = model.source.family.weights(model.source.config)
     parameters = dict(model.named_parameters())
     entries = {entry.theirs: entry for entry in weight_map.entries(parameters)}
     names = {weight_map.canonical(name, entries): name for name in source.names()}
+    names |= {own: names[copy] for copy, own in weight_map.copies.items() if copy in names and own not in names}
     problems: list[str] = []
     lacking = [entry for theirs, entry in entries.items() if theirs not in names]
     missing = tuple(name for entry in lacking for name in entry.ours if _allowed(name, allow_missing))
@@ -107,16 +112,16 @@ def make_plan(model: Model, source: TensorSource, *, allow_missing: Sequence[str
     extra = [
         name
         for name in names
-        if name not in entries and name not in weight_map.duplicates and not weight_map.is_ignored(name)
+        if name not in {**entries, **weight_map.duplicates, **weight_map.copies} and not weight_map.is_ignored(name)
     ]
     problems += _report("unexpected", extra, entries)
     for theirs, entry in entries.items():
         if theirs in names:
-            problems += _shape_problems(entry, names[theirs], source, parameters)
+            problems += _shape_problems(entry, names[theirs], source, parameters, stored)
     if problems:
         raise CheckpointError("\n  - ".join([f"{_place(source)} does not fit {type(model).__name__}:", *problems]))
     _check_duplicates(weight_map, names, source)
-    return Plan(tuple(e for e in entries.values() if e.theirs in names), names, missing)
+    return Plan(tuple(e for e in entries.values() if e.theirs in names), names, missing, stored)
 
 
 def group_names(names: Iterable[str]) -> list[str]:
@@ -159,7 +164,10 @@ def _stream(
     model: nn.Module, plan: Plan, source: TensorSource, *, dtype: torch.dtype | None, device: torch.device
 ) -> None:
     for entry in plan.entries:
-        for name, tensor in zip(entry.ours, entry.rule.split(source.read(plan.names[entry.theirs])), strict=True):
+        whole = source.read(plan.names[entry.theirs])
+        if entry.rule.fit is not None:
+            whole = entry.rule.fit(whole.to(dtype=dtype or whole.dtype), plan.stored)
+        for name, tensor in zip(entry.ours, entry.rule.split(whole), strict=True):
             _assign(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
 
 
@@ -211,11 +219,18 @@ def _allowed(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _shape_problems(
-    entry: Entry, name: str, source: TensorSource, parameters: Mapping[str, nn.Parameter]
+    entry: Entry,
+    name: str,
+    source: TensorSource,
+    parameters: Mapping[str, nn.Parameter],
+    stored: Mapping[str, Any],
 ) -> Iterable[str]:
     want = [parameters[ours].shape for ours in entry.ours]
     whole = entry.rule.join([torch.empty(shape, device="meta") for shape in want]).shape
-    if source.shape(name) != whole:
+    have = torch.empty(source.shape(name), device="meta")
+    if entry.rule.fit is not None:
+        have = entry.rule.fit(have, stored)
+    if have.shape != whole:
         yield f"{name}: have {list(source.shape(name))}, want {list(whole)} ({', '.join(entry.ours)})"
 
 

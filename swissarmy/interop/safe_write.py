@@ -26,6 +26,7 @@ from swissarmy.interop.tensor_source import TensorFile, explained, parse_json_ob
 
 MANIFEST = "manifest.json"
 _INDEX = "model.safetensors.index.json"
+_TEMPORARY = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]+")
 _PART_BYTES = 16 << 20
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
@@ -164,8 +165,7 @@ def _write_shard(path: Path, shard: dict[str, Saved], metadata: Mapping[str, str
     with _write_errors(path), open(path, "xb") as file:
         file.write(_header(names, shard, metadata))
         for name in names:
-            for part in _parts(name, shard.pop(name)):
-                file.write(part)
+            file.writelines(_parts(name, shard.pop(name)))
     read_header(TensorFile(path))  # the file on disk is as long as its header says
     return _WrittenShard(path=path, names=names, nbytes=nbytes, parameters=parameters)
 
@@ -388,8 +388,9 @@ def _write_errors(path: Path, *, only: frozenset[int] | None = None) -> Iterator
     except OSError as error:
         if only is not None and error.errno not in only:
             raise
-        where = f" ({error.filename})" if error.filename is not None else ""
-        raise CheckpointError(f"{path} was not written: {error.strerror or error}{where}{_room(path)}") from error
+        where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+        shown = _TEMPORARY.sub(r"\1", str(path))  # the name that it would have had
+        raise CheckpointError(f"{shown} was not written: {error.strerror or error}{where}{_room(path)}") from error
 
 
 def _room(path: Path) -> str:

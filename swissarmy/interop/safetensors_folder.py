@@ -51,7 +51,7 @@ _MAX_MAPPED_TENSORS = 16_384  # Linux gives a process 65,530 mappings, and other
 # What torch.load raises for damaged or malicious files, besides UnpicklingError.
 _TORCH_LOAD_ERRORS = (
     pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, TypeError,
-    LookupError, AttributeError, AssertionError, ArithmeticError, ImportError,
+    LookupError, AttributeError, AssertionError, ArithmeticError, ImportError, MemoryError, struct.error,
 )  # fmt: skip
 
 

@@ -38,15 +38,20 @@ def save_pretrained(model: Model, folder: Path) -> None:
     with write_folder(folder) as target:
         values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
         (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        save_safetensors(target, _their_tensors(entries, own))
+        save_safetensors(target, _their_tensors(entries, own, weight_map.copies))
         if added:
             (target / MIXINS_FOLDER).mkdir()
             save_safetensors(target / MIXINS_FOLDER, added)
 
 
-def _their_tensors(entries: list[Entry], parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _their_tensors(
+    entries: list[Entry], parameters: Mapping[str, Tensor], copies: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
     for entry in entries:
-        yield entry.theirs, entry.rule.join([parameters[name].detach() for name in entry.ours])
+        whole = entry.rule.join([parameters[name].detach() for name in entry.ours])
+        yield entry.theirs, whole
+        for copy in (name for name, original in copies.items() if original == entry.theirs):
+            yield copy, whole.clone()
 
 
 def _check_complete(source: Source, parameters: Mapping[str, Tensor]) -> None:

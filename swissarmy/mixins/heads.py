@@ -1,7 +1,7 @@
 """Heads: what a model makes of its last hidden states.
 
-Hooks: `final_forward` (replaces). Parameters: each head's own; a head that shares the word embedding reads it from
-the backbone.
+Hooks: `final_forward` (replaces; wraps, in what only changes what a head is given). Parameters: each head's own; a
+head that shares the word embedding reads it from the backbone.
 """
 
 from typing import Any, Literal, NamedTuple, Self, final
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
+from swissarmy.core.errors import HookCallError
+from swissarmy.core.hooks import Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.nn.activations import ACTIVATIONS
 from swissarmy.nn.norms import make_norm
@@ -123,6 +125,7 @@ class ClassificationHeadMixin(BaseMixin):
         activation: str | None = None,
         bias: bool = True,
         dropout: float = 0.0,
+        input_dropout: float | None = None,
         padding_id: int | None = None,
     ) -> None:
         """Make the head.
@@ -134,7 +137,8 @@ class ClassificationHeadMixin(BaseMixin):
                 real ones, or the mean of the scores of the first two, each from a classifier of its own (DeiT).
             activation: Of a layer before the classifier; no such layer when `None`.
             bias: Whether the classifier has a bias.
-            dropout: Before the layer and before the classifier.
+            dropout: Before the classifier.
+            input_dropout: Before the layer; as much as `dropout` when `None`.
             padding_id: Which token is padding where the caller gives no `padding_mask`.
         """
         super().__init__()
@@ -142,6 +146,7 @@ class ClassificationHeadMixin(BaseMixin):
         self.dense = None if activation is None else nn.Linear(hidden_size, hidden_size)
         self.activation = ACTIVATIONS[activation or "linear"]
         self.dropout = nn.Dropout(dropout)
+        self.input_dropout = nn.Dropout(dropout if input_dropout is None else input_dropout)
         self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
         self.second = nn.Linear(hidden_size, num_labels, bias=bias) if pooling == "first_two" else None
 
@@ -157,7 +162,7 @@ class ClassificationHeadMixin(BaseMixin):
             return scores
         pooled = self._pool(hidden_states, kw_args)
         if self.dense is not None:
-            pooled = self.activation(self.dense(self.dropout(pooled)))
+            pooled = self.activation(self.dense(self.input_dropout(pooled)))
         scores = self.classifier(self.dropout(pooled))
         return scores
 
@@ -183,3 +188,65 @@ class ClassificationHeadMixin(BaseMixin):
         if self.padding_id is not None and input_ids is not None:
             return (input_ids != self.padding_id).long()
         return torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+
+
+class PreTrainingOutput(NamedTuple):
+    """What `PreTrainingHeadMixin` gives."""
+
+    predictions: Tensor
+    """Logits of each token, `[b, s, vocab]`."""
+    next_sentence: Tensor
+    """Scores of "the second segment follows the first" and "it does not", `[b, 2]`."""
+
+
+@final
+class PreTrainingHeadMixin(BaseMixin):
+    """BERT's two heads for pretraining. Parameters: `predictions.*`, `next_sentence.*`."""
+
+    def __init__(self, predictions: MLMHeadMixin, next_sentence: ClassificationHeadMixin) -> None:
+        """Hold both heads."""
+        super().__init__()
+        self.predictions, self.next_sentence = predictions, next_sentence
+
+    def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> PreTrainingOutput:
+        """What each of them gives."""
+        return PreTrainingOutput(
+            self.predictions.final_forward(hidden_states, **kw_args),
+            self.next_sentence.final_forward(hidden_states, **kw_args),
+        )
+
+
+@final
+class LogitScaleMixin(BaseMixin):
+    """Hidden states times a constant before the head: what a linear head gives is scaled by it (T5)."""
+
+    def __init__(self, scale: float) -> None:
+        """Set the scale."""
+        super().__init__()
+        self.scale = scale
+
+    @non_conflict
+    def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Any:
+        """Scale `[b, s, h]`."""
+        return old_impl(hidden_states * self.scale, **kw_args)
+
+
+@final
+class SourceEndMixin(BaseMixin):
+    """In a decoder: the head is given only the state where the source has its last end token (T5, BART)."""
+
+    def __init__(self, end_id: int) -> None:
+        """Set the end token."""
+        super().__init__()
+        self.end_id = end_id
+
+    @non_conflict
+    def final_forward(
+        self, hidden_states: Tensor, *, old_impl: Hook, source_ids: Tensor | None = None, **kw_args: Any
+    ) -> Any:
+        """`[b, s, h]` to `[b, 1, h]` for the head; `source_ids` `[b, s]` are the source's tokens."""
+        if source_ids is None or source_ids.shape != hidden_states.shape[:2]:
+            raise HookCallError("the head looks for the source's end: give input_ids as long as decoder_input_ids.")
+        places = torch.arange(source_ids.shape[1], device=source_ids.device)
+        last = (places * (source_ids == self.end_id)).argmax(dim=1)
+        return old_impl(hidden_states[torch.arange(len(last), device=last.device), last][:, None], **kw_args)

@@ -29,7 +29,7 @@ class LearnedPositionsMixin(BaseMixin):
         """
         super().__init__()
         self.padding_id = padding_id
-        self.table = nn.Embedding(num_positions, hidden_size)
+        self.table = nn.Embedding(num_positions, hidden_size, padding_id)
         nn.init.normal_(self.table.weight, std=0.02)
 
     @classmethod
@@ -40,18 +40,30 @@ class LearnedPositionsMixin(BaseMixin):
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """`[b or 1, s]` to `[b or 1, s, h]`."""
         if self.padding_id is not None and kw_args["given_position_ids"] is None:
-            position_ids = self._counted(position_ids, kw_args["input_ids"])
-        if position_ids.shape[-1] > self.table.num_embeddings:
-            raise HookCallError(
-                f"{position_ids.shape[-1]} tokens, and the model has {self.table.num_embeddings} positions: "
-                "shorten the input, or interpolate the table."
-            )
+            position_ids = self._counted(position_ids, kw_args["input_ids"], kw_args["padding_mask"])
+        if kw_args["given_position_ids"] is None:
+            self._check_length(position_ids.shape[-1] + (0 if kw_args["mems"] is None else len(kw_args["mems"])))
         positions: Tensor = self.table(position_ids)
         return positions
 
-    def _counted(self, position_ids: Tensor, input_ids: Tensor | None) -> Tensor:
+    @property
+    def _longest(self) -> int:
+        """Rows of the table that positions are counted into."""
+        return self.table.num_embeddings - (0 if self.padding_id is None else self.padding_id + 1)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.table.num_embeddings:
+            raise HookCallError(
+                f"{length} tokens, and the model has {self.table.num_embeddings} positions: shorten the input."
+            )
+
+    def _counted(self, position_ids: Tensor, input_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
+        """Rows for the real tokens of this call, after those that a cache remembers."""
         assert self.padding_id is not None
         if input_ids is None:
             return position_ids + self.padding_id + 1
+        before = position_ids[:, :1]
+        if padding_mask is not None:
+            before = padding_mask[:, : -input_ids.shape[1]].long().sum(dim=1, keepdim=True)
         real = (input_ids != self.padding_id).long()
-        return torch.cumsum(real, dim=1) * real + self.padding_id
+        return (before + torch.cumsum(real, dim=1)) * real + self.padding_id

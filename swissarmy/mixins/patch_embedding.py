@@ -36,7 +36,10 @@ class PatchEmbeddingMixin(BaseMixin):
     ) -> Tensor:
         """`[b, channels, height, width]` to `[b, first tokens + patches, h]`; sizes divisible by the patch."""
         if pixel_values is None or pixel_values.dim() != 4:
-            raise HookCallError("this model sees images: call it with pixel_values=[b, channels, height, width].")
+            given = "none" if pixel_values is None else f"pixel_values of shape {list(pixel_values.shape)}"
+            raise HookCallError(
+                f"this model sees images: call it with pixel_values=[b, channels, height, width]; {given} given."
+            )
         b, channels, height, width = pixel_values.shape
         rows, columns = self.patch_size
         if channels != self.channels or height % rows or width % columns:
@@ -67,7 +70,7 @@ class InterpolatedPositionsMixin(BaseMixin):
         """The positions of this call's grid, `[1, first tokens + patches, h]`."""
         grid = kw_args["output_cross_layer"].get("patch_grid")
         if grid is None:
-            raise HookCallError("these positions are of a grid of patches: add a PatchEmbeddingMixin before them.")
+            raise HookCallError("these positions are of a grid of patches: add a PatchEmbeddingMixin too.")
         table = interpolate(self.table, self.grid, grid)
         return torch.cat((self.first, table))[None]
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
 
@@ -63,9 +63,8 @@ class FamilyConfig(Config):
         known = {cls.renamed.get(key, key): value for key, value in values.items()}
         if known.get("id2label"):
             known["num_labels"] = len(known["id2label"])
-        return cls.from_dict(
-            {key: value for key, value in known.items() if key not in COMMON_IGNORED | cls.ignored}, where=where
-        )
+        passed_over = (COMMON_IGNORED | cls.ignored) - {own.name for own in fields(cls)}
+        return cls.from_dict({key: value for key, value in known.items() if key not in passed_over}, where=where)
 
     def problems(self) -> Iterator[str]:
         """Heads that were cut out one by one cannot be represented."""

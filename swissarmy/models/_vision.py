@@ -104,9 +104,7 @@ def _head(config: VisionConfig) -> BaseMixin:
         case "ImageClassificationWithTeacher":
             return ClassificationHeadMixin(config.hidden_size, config.num_labels, pooling="first_two")
         case _:
-            return PoolerMixin(
-                config.hidden_size, activation=config.pooler_act, output_size=config.pooler_output_size
-            )
+            return PoolerMixin(config.hidden_size, activation=config.pooler_act, output_size=config.pooler_output_size)
 
 
 def weights(config: VisionConfig) -> WeightMap:

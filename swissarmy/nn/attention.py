@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swissarmy.nn.masks import Both, Causal, Documents, Full, Mask, SlidingWindow
+from swissarmy.nn.masks import Both, Causal, Documents, Full, Mask, SlidingWindow, WithPrefix
 
 
 def attention(
@@ -23,7 +23,7 @@ def attention(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention (Vaswani et al. 2017), grouped key-value heads included.
+    """Softmax attention (Vaswani et al. 2017), grouped key-value heads included; zero for a query that sees no key.
 
     Args:
         q: Queries, `[b, heads, s, d]`.
@@ -58,16 +58,18 @@ def _is_square_causal(mask: Mask, q: Tensor, k: Tensor) -> bool:
     return isinstance(mask, Causal | SlidingWindow) and 1 < q.shape[2] == k.shape[2]
 
 
-def _sees_all(mask: Mask, q: Tensor, k: Tensor) -> bool:
+def _sees_all(mask: Mask, q_len: int, k_len: int) -> bool:
     """Whether no query is denied any key, known from type and sizes alone."""
-    if isinstance(mask, SlidingWindow) and k.shape[2] > mask.window:
+    if isinstance(mask, WithPrefix):
+        return _sees_all(mask.inner, q_len, k_len - mask.num_keys)
+    if isinstance(mask, SlidingWindow) and k_len > mask.window:
         return False
-    return isinstance(mask, Full) or (isinstance(mask, Causal | SlidingWindow) and q.shape[2] == 1)
+    return isinstance(mask, Full) or (isinstance(mask, Causal | SlidingWindow) and q_len == 1)
 
 
 def _score_mask(mask: Mask, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
     """What SDPA takes as `attn_mask`: nothing, a bool tensor, or the bias with the hidden keys at -inf."""
-    if _sees_all(mask, q, k):
+    if _sees_all(mask, q.shape[2], k.shape[2]):
         return bias
     if bias is None and _is_square_causal(mask, q, k):
         return None
@@ -94,12 +96,17 @@ def _written_out(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    if not _sees_all(mask, q, k):
-        scores = scores.masked_fill(~mask.dense(q.shape[2], k.shape[2], q.device), torch.finfo(scores.dtype).min)
-    return dropout_fn(scores.softmax(dim=-1)) @ v
+    if _sees_all(mask, q.shape[2], k.shape[2]):
+        probabilities = scores.softmax(dim=-1)
+    else:
+        hidden = ~mask.dense(q.shape[2], k.shape[2], q.device)
+        probabilities = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        probabilities = probabilities.masked_fill(hidden, 0.0)
+    return dropout_fn(probabilities.to(v.dtype)) @ v
 
 
 def _has_hidden_blocks(mask: Mask) -> bool:
+    mask = mask.inner if isinstance(mask, WithPrefix) else mask
     return isinstance(mask, SlidingWindow | Documents | Both)
 
 
@@ -112,6 +119,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout_fn: nn.Dropout, *,
         return _written_out(q, k, v, mask, dropout_fn, scale=scale, bias=None, softcap=None)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    mask.check(q.shape[2], k.shape[2])
     first_query = k.shape[2] - q.shape[2]
     blocks = create_block_mask(
         lambda b, h, i, j: mask.visible(b, h, i + first_query, j),

@@ -62,18 +62,21 @@ class KVCache:
 
     def trim(self, num_positions: int) -> None:
         """Forget the newest positions."""
-        self._check_count(num_positions)
-        self._lengths = [length - num_positions for length in self._lengths]
+        if not 0 <= num_positions <= len(self):
+            raise HookCallError(f"cannot forget {num_positions} positions: the cache holds {len(self)}.")
+        self._shorten(num_positions)
 
     def keep_newest(self, num_positions: int) -> None:
         """Forget all but the newest positions; fewer than that are all kept."""
+        if num_positions < 0:
+            raise HookCallError(f"cannot keep {num_positions} positions: the number must not be negative.")
         forgotten = max(len(self) - num_positions, 0)
         if forgotten:
             for buffers in (self._keys, self._values):
                 for buffer, length in zip(buffers, self._lengths, strict=True):
                     if buffer is not None:
                         buffer[:, :, : length - forgotten] = buffer[:, :, forgotten:length].clone()
-            self._lengths = [length - forgotten for length in self._lengths]
+            self._shorten(forgotten)
 
     def to_mems(self) -> Tensor:
         """Everything remembered as one tensor `[num_layers, b, t, 2 * h * d]`, keys then values."""
@@ -88,6 +91,11 @@ class KVCache:
     @classmethod
     def from_mems(cls, mems: Tensor, *, num_key_value_heads: int, capacity: int = 0) -> Self:
         """A cache that continues from `to_mems()`'s tensor."""
+        if mems.dim() != 4 or mems.shape[3] % (2 * num_key_value_heads):
+            raise HookCallError(
+                f"mems has shape {list(mems.shape)}; with {num_key_value_heads} key-value heads it is "
+                f"[num_layers, batch, positions, 2 * {num_key_value_heads} * head_dim]."
+            )
         cache = cls(mems.shape[0], capacity=max(capacity, mems.shape[2]))
         for layer_id, layer in enumerate(mems):
             k, v = (
@@ -114,6 +122,6 @@ class KVCache:
             buffers[layer_id] = buffer = grown
         return buffer
 
-    def _check_count(self, num_positions: int) -> None:
-        if not 0 <= num_positions <= len(self):
-            raise HookCallError(f"cannot forget {num_positions} positions: the cache holds {len(self)}.")
+    def _shorten(self, num_positions: int) -> None:
+        """Layers that were never written to stay at length zero."""
+        self._lengths = [max(length - num_positions, 0) for length in self._lengths]

@@ -22,7 +22,17 @@ class Mask(ABC):
 
     @abstractmethod
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query `q` sees key `k`: index tensors that broadcast, `q` on the scale of the keys."""
+        """Whether query `q` sees key `k`: index tensors that broadcast, `q` on the scale of the keys.
+
+        `b` and `h` are below `batch_size` and `num_heads`, or anything where these are 1.
+        """
+
+    def check(self, q_len: int, k_len: int) -> None:
+        """Refuse sizes that the mask's own tensors do not fit.
+
+        Raises:
+            HookCallError: A tensor covers another number of queries or keys.
+        """
 
     @property
     def prefix_length(self) -> int:
@@ -61,6 +71,7 @@ class Mask(ABC):
 
         `device` defaults to the device of the mask's own tensors, or the default device.
         """
+        self.check(q_len, k_len)
         device = device or self.device
         q = torch.arange(k_len - q_len, k_len, device=device).view(1, 1, q_len, 1)
         k = torch.arange(k_len, device=device).view(1, 1, 1, k_len)
@@ -126,7 +137,7 @@ class PrefixLM(Mask):
         return self.lengths.shape[0]
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) | (k < self.lengths[b])
+        return (k <= q) | (k < _at(self.lengths, k.device, b))
 
 
 @final
@@ -141,21 +152,20 @@ class Padding(Mask):
         return self.keep.shape[0]
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.keep.bool()[b, k] & (q == q)
+        return _at(self.keep, k.device, b, k).bool() & (q == q)
 
-    def dense(self, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
+    def check(self, q_len: int, k_len: int) -> None:
         if self.keep.shape[-1] != k_len:
             raise HookCallError(
                 f"padding_mask has {self.keep.shape[-1]} columns and there are {k_len} keys: "
                 "it is [batch, keys], with those in the cache counted, 1 = a real token."
             )
-        return Mask.dense(self, q_len, k_len, device)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Documents(Mask):
-    """Tokens see only their own document (`ids`: `[b, s]`, equal inside a document)."""
+    """Tokens see only their own document (`ids`: `[b, k]`, equal inside a document)."""
 
     ids: Tensor
 
@@ -164,7 +174,14 @@ class Documents(Mask):
         return self.ids.shape[0]
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.ids[b, q] == self.ids[b, k]
+        return _at(self.ids, k.device, b, q) == _at(self.ids, k.device, b, k)
+
+    def check(self, q_len: int, k_len: int) -> None:
+        if self.ids.shape[-1] != k_len:
+            raise HookCallError(
+                f"Documents has {self.ids.shape[-1]} ids a row and there are {k_len} keys: it is [batch, keys], with "
+                "those in the cache counted."
+            )
 
 
 @final
@@ -193,15 +210,18 @@ class Dense(Mask):
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         first_query = self.tensor.shape[3] - self.tensor.shape[2]
-        return self.tensor.bool()[b, h, (q - first_query).clamp(min=0), k]
+        return _at(self.tensor, k.device, b, h, (q - first_query).clamp(min=0), k).bool()
 
-    def dense(self, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
+    def check(self, q_len: int, k_len: int) -> None:
         if self.tensor.shape[2:] != (q_len, k_len):
             raise HookCallError(
                 f"attention_mask has shape {list(self.tensor.shape)} for {q_len} queries and {k_len} keys; it is "
                 "[q, k] or [b|1, heads|1, q, k]. A mask of padded tokens, [b, k], is padding_mask=..."
             )
-        return self.tensor.bool()
+
+    def dense(self, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
+        self.check(q_len, k_len)
+        return self.tensor.bool().to(device)
 
 
 @final
@@ -213,6 +233,10 @@ class Both(Mask):
     right: Mask
 
     @property
+    def prefix_length(self) -> int:
+        return max(self.left.prefix_length, self.right.prefix_length)
+
+    @property
     def batch_size(self) -> int:
         return max(self.left.batch_size, self.right.batch_size)
 
@@ -221,9 +245,11 @@ class Both(Mask):
         return max(self.left.num_heads, self.right.num_heads)
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        left = self.left.visible(_rows(self.left.batch_size, b), _rows(self.left.num_heads, h), q, k)
-        right = self.right.visible(_rows(self.right.batch_size, b), _rows(self.right.num_heads, h), q, k)
-        return left & right
+        return self.left.visible(b, h, q, k) & self.right.visible(b, h, q, k)
+
+    def check(self, q_len: int, k_len: int) -> None:
+        self.left.check(q_len, k_len)
+        self.right.check(q_len, k_len)
 
     def dense(self, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
         device = device or self.device
@@ -254,6 +280,9 @@ class WithPrefix(Mask):
         inside = self.inner.visible(b, h, q - self.num_keys, (k - self.num_keys).clamp(min=0))
         return (k < self.num_keys) | inside
 
+    def check(self, q_len: int, k_len: int) -> None:
+        self.inner.check(q_len, k_len - self.num_keys)
+
     def dense(self, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
         inner = self.inner.dense(q_len, k_len - self.num_keys, device)
         return torch.nn.functional.pad(inner, (self.num_keys, 0), value=True)
@@ -275,9 +304,10 @@ def as_mask(value: Mask | Tensor | int | None) -> Mask:
     )
 
 
-def _rows(size: int, index: Tensor) -> Tensor:
-    """Index 0 for a rule that is the same for all rows, so that it is not asked for one it lacks."""
-    return torch.zeros_like(index) if size == 1 else index
+def _at(tensor: Tensor, device: torch.device, *indices: Tensor) -> Tensor:
+    """The elements at these indices, on `device`; a dimension of size one serves every index."""
+    fitted = [torch.zeros_like(i) if size == 1 else i for i, size in zip(indices, tensor.shape, strict=True)]
+    return tensor.to(device)[tuple(fitted)]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

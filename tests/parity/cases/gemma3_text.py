@@ -66,5 +66,6 @@ CASES = [
     case("logit soft cap, silu", final_logit_softcapping=3.0, hidden_activation="silu"),
     case("untied", tie_word_embeddings=False),
     case("base", "Gemma3TextModel"),
-    case("sequence classification", "Gemma3TextForSequenceClassification", num_labels=5),
+    # Small weights: the reference sums the gradients of its norms in float32, which shows at 1e-9 when they are large.
+    case("sequence classification", "Gemma3TextForSequenceClassification", num_labels=5, initializer_range=0.05),
 ]
