@@ -2,6 +2,7 @@
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -32,7 +33,7 @@ class Natural(Enum):
 NATURAL: Final = Natural.MASK
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """What a plain model and a model of parts have in common."""
 
     source: Any = None
@@ -50,6 +51,22 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         """The precision of the parameters."""
         return next(self.parameters()).dtype
+
+    @abstractmethod
+    def add_mixin(self, name: str, mixin: Any, part: str | None = None) -> Self:
+        """Add a mixin; in a model of parts to one part, or to every part that it suits."""
+
+    @abstractmethod
+    def explain(self) -> str:
+        """Every hook, and the chain of mixins that answers it, from the outside in."""
+
+    @abstractmethod
+    def enable_activation_checkpointing(self, every: int = 1) -> Self:
+        """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 turns it off."""
+
+    @abstractmethod
+    def for_decoding(self, **kw_args: Any) -> tuple["BaseModel", dict[str, Any]]:
+        """The model that decodes, and what it is called with in each step."""
 
     def freeze_except(self, *patterns: str) -> Self:
         """Train only the parameters whose names match (`"mixins.lora"`, `"*.layers.11.*"`); freeze all others."""

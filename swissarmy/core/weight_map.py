@@ -73,7 +73,7 @@ def joined(theirs: str, ours: Sequence[str], *, sizes: Sequence[int] | None = No
 
     def split(tensor: Tensor) -> Tensors:
         dim = tensor.dim() - 1 if transpose else 0
-        parts = tensor.chunk(len(ours), dim) if sizes is None else tensor.split(list(sizes), dim)
+        parts = tensor.chunk(len(ours), dim) if sizes is None else torch.split(tensor, list(sizes), dim)
         return [part.t().contiguous() if transpose and part.dim() == 2 else part.clone() for part in parts]
 
     def join(parts: Tensors) -> Tensor:

@@ -158,12 +158,12 @@ class ClassificationHeadMixin(BaseMixin):
     def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
         """Scores `[b, num_labels]`, or `[b, s, num_labels]` for each token."""
         if self.second is not None:
-            scores: Tensor = (self.classifier(hidden_states[:, 0]) + self.second(hidden_states[:, 1])) / 2
-            return scores
+            both: Tensor = (self.classifier(hidden_states[:, 0]) + self.second(hidden_states[:, 1])) / 2
+            return both
         pooled = self._pool(hidden_states, kw_args)
         if self.dense is not None:
             pooled = self.activation(self.dense(self.input_dropout(pooled)))
-        scores = self.classifier(self.dropout(pooled))
+        scores: Tensor = self.classifier(self.dropout(pooled))
         return scores
 
     def _pool(self, hidden_states: Tensor, kw_args: dict[str, Any]) -> Tensor:
@@ -186,7 +186,8 @@ class ClassificationHeadMixin(BaseMixin):
             mask: Tensor = padding_mask[:, -hidden_states.shape[1] :].long()
             return mask
         if self.padding_id is not None and input_ids is not None:
-            return (input_ids != self.padding_id).long()
+            real: Tensor = (input_ids != self.padding_id).long()
+            return real
         return torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
 
 

@@ -46,16 +46,10 @@ class LearnedPositionsMixin(BaseMixin):
         positions: Tensor = self.table(position_ids)
         return positions
 
-    @property
-    def _longest(self) -> int:
-        """Rows of the table that positions are counted into."""
-        return self.table.num_embeddings - (0 if self.padding_id is None else self.padding_id + 1)
-
     def _check_length(self, length: int) -> None:
-        if length > self.table.num_embeddings:
-            raise HookCallError(
-                f"{length} tokens, and the model has {self.table.num_embeddings} positions: shorten the input."
-            )
+        longest = self.table.num_embeddings - (0 if self.padding_id is None else self.padding_id + 1)
+        if length > longest:
+            raise HookCallError(f"{length} tokens, and the model has {longest} positions: shorten the input.")
 
     def _counted(self, position_ids: Tensor, input_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
         """Rows for the real tokens of this call, after those that a cache remembers."""

@@ -25,7 +25,7 @@ class SlidingWindowMixin(BaseMixin):
         self.layers_with_window = tuple(layers_with_window)
 
     @classmethod
-    def for_config(cls, config: TransformerConfig, *, window: int, every: int = 1, **options: Any) -> Self:
+    def for_config(cls, config: TransformerConfig, *, window: int = 1024, every: int = 1, **options: Any) -> Self:
         """A window in every layer, or in all but each `every`-th (`every=6`: five with, one without)."""
         pattern = [every == 1 or (layer_id + 1) % every != 0 for layer_id in range(config.num_layers)]
         return cls(window, pattern, **options)

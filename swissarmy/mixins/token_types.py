@@ -37,4 +37,5 @@ class TokenTypesMixin(BaseMixin):
         embedded: Tensor = old_impl(input_ids, token_type_ids=token_type_ids, **kw_args)
         if token_type_ids is None:
             token_type_ids = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
-        return embedded + self.table(token_type_ids)
+        types: Tensor = self.table(token_type_ids)
+        return embedded + types

@@ -98,10 +98,7 @@ class KVCache:
             )
         cache = cls(mems.shape[0], capacity=max(capacity, mems.shape[2]))
         for layer_id, layer in enumerate(mems):
-            k, v = (
-                part.reshape(*part.shape[:2], num_key_value_heads, -1).transpose(1, 2)
-                for part in layer.chunk(2, dim=-1)
-            )
+            k, v = layer.unflatten(-1, (2, num_key_value_heads, -1)).permute(2, 0, 3, 1, 4)
             cache.update(layer_id, k, v)
         return cache
 

@@ -33,6 +33,7 @@ class Mask(ABC):
         Raises:
             HookCallError: A tensor covers another number of queries or keys.
         """
+        del q_len, k_len
 
     @property
     def prefix_length(self) -> int:
@@ -114,6 +115,11 @@ class SlidingWindow(Mask):
     """A query sees the last `window` keys up to its own."""
 
     window: int
+
+    def __post_init__(self) -> None:
+        """Refuse a window in which a query would not see its own key."""
+        if self.window < 1:
+            raise HookCallError(f"SlidingWindow({self.window}): the window must be at least 1 key.")
 
     def implies(self, other: Mask) -> bool:
         """A window is causal, and lies inside every wider one."""
