@@ -1,104 +1,34 @@
-"""swissarmy: one Transformer backbone; everything else is a mixin. Write `import swissarmy as sat`."""
+"""swissarmy: one Transformer backbone; everything else is a mixin. Write `import swissarmy as sat`.
 
-from swissarmy.backbone.composite import CompositeModel
-from swissarmy.backbone.config import TransformerConfig
-from swissarmy.backbone.encoder_decoder import EncoderDecoderModel
-from swissarmy.backbone.model import BaseModel
-from swissarmy.core.errors import (
-    CheckpointError,
-    ConfigError,
-    HookCallError,
-    HookConflictError,
-    HookDefinitionError,
-    MissingExtraError,
-    SwissArmyError,
-    TokenizerError,
-)
-from swissarmy.core.hooks import HookContext, non_conflict, replaceable
-from swissarmy.core.mixin import BaseMixin
-from swissarmy.generation.autoregressive_sampling import fill_sequence
-from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy
-from swissarmy.generation.text import generate, stream
-from swissarmy.interop.load import AutoModel, load
-from swissarmy.interop.tokenizer import load_tokenizer
-from swissarmy.mixins.alibi import ALiBiMixin
-from swissarmy.mixins.cache import CachedAutoRegressiveMixin
-from swissarmy.mixins.embedding_scale import EmbeddingScaleMixin
-from swissarmy.mixins.heads import ClassificationHeadMixin, LMHeadMixin, MLMHeadMixin, NoHeadMixin, PoolerMixin
-from swissarmy.mixins.hidden_states import HiddenStatesMixin
-from swissarmy.mixins.learned_positions import LearnedPositionsMixin
-from swissarmy.mixins.mixture_of_experts import MixtureOfExpertsMixin
-from swissarmy.mixins.patch_embedding import InterpolatedPositionsMixin, PatchEmbeddingMixin
-from swissarmy.mixins.prefix_tuning import PrefixTuningMixin
-from swissarmy.mixins.qk_norm import QKNormMixin
-from swissarmy.mixins.relative_position_bias import RelativePositionBiasMixin
-from swissarmy.mixins.rotary import RotaryMixin
-from swissarmy.mixins.sliding_window import SlidingWindowMixin
-from swissarmy.mixins.softcap import AttentionSoftcapMixin, LogitSoftcapMixin
-from swissarmy.mixins.token_types import TokenTypesMixin
-from swissarmy.models._family import list_models
-from swissarmy.nn.kv_cache import KVCache
-from swissarmy.nn.masks import Causal, Dense, Documents, Full, Mask, Padding, PrefixLM, SlidingWindow
-from swissarmy.nn.rotary import RopeParameters
+The public names are listed in `swissarmy/api.py`. They are imported when the first of them is used, so that
+`sat --help`, usage errors and Ctrl-C need not wait for torch.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ALiBiMixin",
-    "AttentionSoftcapMixin",
-    "AutoModel",
-    "BaseMixin",
-    "BaseModel",
-    "CachedAutoRegressiveMixin",
-    "Causal",
-    "CheckpointError",
-    "ClassificationHeadMixin",
-    "CompositeModel",
-    "ConfigError",
-    "Dense",
-    "Documents",
-    "EmbeddingScaleMixin",
-    "EncoderDecoderModel",
-    "Full",
-    "GreedyStrategy",
-    "HiddenStatesMixin",
-    "HookCallError",
-    "HookConflictError",
-    "HookContext",
-    "HookDefinitionError",
-    "InterpolatedPositionsMixin",
-    "KVCache",
-    "LMHeadMixin",
-    "LearnedPositionsMixin",
-    "LogitSoftcapMixin",
-    "MLMHeadMixin",
-    "Mask",
-    "MissingExtraError",
-    "MixtureOfExpertsMixin",
-    "NoHeadMixin",
-    "Padding",
-    "PatchEmbeddingMixin",
-    "PoolerMixin",
-    "PrefixLM",
-    "PrefixTuningMixin",
-    "QKNormMixin",
-    "RelativePositionBiasMixin",
-    "RopeParameters",
-    "RotaryMixin",
-    "SamplingStrategy",
-    "SlidingWindow",
-    "SlidingWindowMixin",
-    "Strategy",
-    "SwissArmyError",
-    "TokenTypesMixin",
-    "TokenizerError",
-    "TransformerConfig",
-    "fill_sequence",
-    "generate",
-    "list_models",
-    "load",
-    "load_tokenizer",
-    "non_conflict",
-    "replaceable",
-    "stream",
-]
+if TYPE_CHECKING:
+    from swissarmy.api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """A public name or a subpackage, which from now on is an ordinary attribute."""
+        if name.startswith("__") and name != "__all__":  # what tools look for, and few modules have
+            raise AttributeError(f"module 'swissarmy' has no attribute '{name}'")
+        import importlib
+
+        api = importlib.import_module("swissarmy.api")
+        if name == "__all__" or name in api.__all__:
+            globals()[name] = getattr(api, name)
+        if name not in globals():
+            from swissarmy.core.errors import nearest
+
+            raise AttributeError(f"module 'swissarmy' has no attribute '{name}'.{nearest(name, api.__all__)}")
+        return globals()[name]
+
+    def __dir__():
+        """The public names, loaded or not."""
+        from swissarmy.api import __all__
+
+        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -10,6 +10,16 @@ from swissarmy.nn.activations import ACTIVATIONS
 from swissarmy.nn.norms import Norm
 
 NormPlacement = Literal["pre", "post", "sandwich", "both"]
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "max_sequence_length",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "encoder_hidden_size",
+)
 
 
 @final
@@ -102,9 +112,10 @@ class TransformerConfig(Config):
 
     def problems(self) -> Iterator[str]:
         """Sizes that cannot be, and heads that do not divide."""
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "max_sequence_length", "kv_heads", "mlp_size"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1"
+        for name in SIZES:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                yield f"{name}={size} must be at least 1"
         if self.vocab_size < 0:
             yield f"vocab_size={self.vocab_size} must not be negative"
         if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:

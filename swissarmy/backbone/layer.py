@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
-from swissarmy.core.hooks import HookTable
+from swissarmy.core.hooks import RESERVED, HookTable
 from swissarmy.core.outputs import Outputs
 from swissarmy.nn.masks import Mask
 from swissarmy.nn.mlp import MLP
@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
         The records are made here and returned, so that recomputing the layer for its gradient neither
         repeats an output nor loses its graph.
         """
-        this_layer, cross_layer = Outputs("output_this_layer"), Outputs("output_cross_layer")
+        this_layer, cross_layer = Outputs("output_this_layer"), Outputs("output_cross_layer", reserved=RESERVED)
         hidden_states = hooks.layer_forward(
             hidden_states,
             mask,

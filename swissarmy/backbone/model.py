@@ -227,12 +227,14 @@ class BaseModel(Model):
     def _check_new(self, name: str, mixin: BaseMixin) -> None:
         if not isinstance(mixin, BaseMixin):
             raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise HookDefinitionError(f"mixin name {name!r}: use letters, digits, '_' and '-' only.")
         if name in self.mixins:
             raise HookConflictError(
                 f"there is a mixin '{name}' already: choose another name, or del_mixin('{name}') first."
             )
+        if name == type(self).__name__ or hasattr(self.mixins, name):
+            raise HookDefinitionError(f"mixin name '{name}' has a meaning of its own: choose another name.")
 
     def _names(self) -> str:
         return f"The model has: {', '.join(self.mixins) or 'no mixins'}."
@@ -249,7 +251,8 @@ class BaseModel(Model):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the resolved hooks, which hold methods of this very model."""
-        return {key: value for key, value in self.__dict__.items() if key != "hooks"}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {key: value for key, value in state.items() if key != "hooks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and resolve the hooks of the copy."""

@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.layer import TransformerLayer
-from swissarmy.core.hooks import HookTable
+from swissarmy.core.errors import HookCallError
+from swissarmy.core.hooks import RESERVED, HookTable
 from swissarmy.core.outputs import Outputs, clash
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Mask
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
 
     def _embed(self, given: Tensor | None, hooks: HookTable, kw_args: dict[str, Any]) -> tuple[Tensor, Outputs]:
         """The sum of the embeddings, `[b, s, h]`, and what the embedding hooks hand to every layer."""
-        outputs = Outputs("output_cross_layer")
+        outputs = Outputs("output_cross_layer", reserved=RESERVED)
         context = {**kw_args, "given_position_ids": given, "output_cross_layer": outputs, "cross_layer_output": outputs}
         input_ids = context.pop("input_ids")
         hidden_states: Tensor = hooks.word_embedding_forward(input_ids, **context)
@@ -100,6 +101,11 @@ class Transformer(nn.Module):
         positions = hooks.position_embedding_forward(position_ids, input_ids=input_ids, **context)
         kw_args["position_ids"] = position_ids
         if positions is not None:
+            if positions.shape[0] not in (1, len(hidden_states)) or positions.shape[1] != hidden_states.shape[1]:
+                raise HookCallError(
+                    f"position_embedding_forward gave {list(positions.shape)} for word embeddings "
+                    f"{list(hidden_states.shape)}; model.explain() says which mixins answer it."
+                )
             hidden_states = hidden_states + positions
         if self.embedding_norm is not None:
             hidden_states = self.embedding_norm(hidden_states)

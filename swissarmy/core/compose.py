@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from swissarmy.core.errors import HookCallError, HookConflictError
-from swissarmy.core.hooks import HOOKS, STAGES, Hook, HookMark, HookTable, answers, mark_of
+from swissarmy.core.hooks import HOOKS, RESERVED, STAGES, Hook, HookMark, HookTable, answers, mark_of
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,29 @@ def accepted_keywords(answerers: Mapping[str, object], defaults: HookTable) -> f
     for hook, spec in HOOKS.items():
         methods = [getattr(answerer, hook) for answerer in answerers.values() if answers(answerer, hook)]
         for method in (getattr(defaults, hook), *methods):
-            accepted |= set(inspect.signature(method).parameters) - {*spec.arguments, *spec.options}
+            accepted |= set(_keywords(method, num_arguments=len(spec.arguments)))
     for answerer in answerers.values():
         accepted |= set(getattr(answerer, "accepts", ()))
-    return frozenset(accepted - {"self", "old_impl", "kw_args"})
+    return frozenset(accepted - RESERVED)
+
+
+def _keywords(method: Hook, *, num_arguments: int) -> list[str]:
+    """The parameters that a signature names after the hook's own arguments, whatever it calls those."""
+    parameters = list(inspect.signature(method).parameters.values())[num_arguments:]
+    return [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
 
 
 def _only_plain(hook: str, links: Sequence[Link]) -> Link | None:
     plain = [link for link in links if link.mark.kind == "plain"]
-    candidates = plain or [link for link in links if link.mark.kind == "replaceable"]
-    if len(candidates) > 1:
-        first, second = candidates[0].owner, candidates[1].owner
-        raise HookConflictError(
-            f"'{first}' and '{second}' both replace {hook}. Remove one (del_mixin('{first}')), "
-            f"or let one wrap the other: @non_conflict above {hook}, with old_impl in its signature."
-        )
-    return candidates[0] if candidates else None
+    replaceable = [link for link in links if link.mark.kind == "replaceable"]
+    for rivals in (plain, replaceable):
+        if len(rivals) > 1:
+            first, second = rivals[0].owner, rivals[1].owner
+            raise HookConflictError(
+                f"'{first}' and '{second}' both replace {hook}. Remove one (del_mixin('{first}')), "
+                f"or let one wrap the other: @non_conflict above {hook}, with old_impl in its signature."
+            )
+    return next(iter(plain + replaceable), None)
 
 
 def _answer(hook: str, link: Link) -> Hook:
@@ -106,7 +113,7 @@ def _answer(hook: str, link: Link) -> Hook:
         except Exception as error:
             _sign(error, hook, owner, kw_args)
             raise
-        problem = spec.problem(arguments, result)
+        problem = spec.problem(arguments, kw_args, result)
         if problem is not None:
             raise HookCallError(f"{_place(hook, owner, kw_args)} {problem}")
         return result
@@ -116,11 +123,12 @@ def _answer(hook: str, link: Link) -> Hook:
 
 def _wrap(hook: str, link: Link, inner: Hook) -> Hook:
     """The link's wrapper around `inner`."""
-    method = link.method
+    spec, method = HOOKS[hook], link.method
     if hook == "attention_fn" and link.mark.stage == "transform":
 
         def transform(*arguments: Any, **kw_args: Any) -> Any:
-            return method(*arguments, old_impl=_keeps_keys(link.owner, arguments[1], inner), **kw_args)
+            keys = spec.argument(1, arguments, kw_args)
+            return method(*arguments, old_impl=_keeps_keys(link.owner, keys, inner), **kw_args)
 
         return _answer(hook, Link(link.owner, transform, link.mark))
 
@@ -158,7 +166,10 @@ def _place(hook: str, owner: str, kw_args: Mapping[str, Any]) -> str:
 
 
 def _sign(error: Exception, hook: str, owner: str, kw_args: Mapping[str, Any]) -> None:
-    """Note on the error which mixin it came from: the innermost, when several are on the way."""
-    notes = getattr(error, "__notes__", [])
+    """Note on the error which mixin it came from: the innermost, when several are on the way.
+
+    An error of ours that names a mixin already gets no note: the wrappers around that mixin are not to blame.
+    """
+    notes = [*getattr(error, "__notes__", []), f"in {error}" if isinstance(error, HookCallError) else ""]
     if not any(note.startswith("in mixin ") for note in notes):
         error.add_note("in " + _place(hook, owner, kw_args).rstrip(":"))

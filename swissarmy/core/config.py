@@ -19,8 +19,8 @@ class Config:
         Raises:
             ConfigError: With a line for each problem.
         """
-        problems = list(_type_problems(self))
-        report(f"{type(self).__name__}:", problems or list(self.problems()))
+        problems = list(_type_problems(type(self), self.to_dict()))
+        report(f"{type(self).__name__}:", problems or self.problems())
 
     def problems(self) -> Iterator[str]:
         """A line for each thing that is wrong with the values; types are right when this is called."""
@@ -31,14 +31,14 @@ class Config:
         """Build from a mapping, refusing unknown keys by their nearest name.
 
         Raises:
-            ConfigError: Unknown keys, wrong types, or values that `problems` refuses.
+            ConfigError: Unknown or missing keys, wrong types, or values that `problems` refuses.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        report(
-            f"{where or cls.__name__}:",
-            [f"unknown field '{key}'.{nearest(key, names)}" for key in values if key not in names],
-        )
-        return cls(**{key: _as_tuple(value) for key, value in values.items()})
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known = {key: _as_tuple(value) for key, value in values.items() if key in fields}
+        problems = [f"unknown field '{key}'.{nearest(str(key), fields)}" for key in values if key not in fields]
+        problems += [f"{name} is missing" for name, field in fields.items() if name not in known and _required(field)]
+        report(f"{where or cls.__name__}:", [*problems, *_type_problems(cls, known)])
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -62,12 +62,15 @@ def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
-def _type_problems(config: Config) -> Iterator[str]:
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, hints[field.name]):
-            yield f"{field.name}={value!r} is not {_name(hints[field.name])}"
+def _required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _type_problems(cls: type[Config], values: Mapping[str, Any]) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            yield f"{name}={value!r} is not {_name(hints[name])}"
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -64,17 +64,25 @@ class HookSpec:
         options = tuple(f"{option}=..." for option in self.options)
         return f"{self.name}({', '.join((*self.arguments, *options, '**kw_args'))})"
 
-    def problem(self, arguments: tuple[Any, ...], result: Any) -> str | None:
+    def argument(self, index: int, arguments: tuple[Any, ...], kw_args: Mapping[str, Any]) -> Any:
+        """An argument of a call, however it was passed."""
+        return arguments[index] if index < len(arguments) else kw_args[self.arguments[index]]
+
+    def problem(self, arguments: tuple[Any, ...], kw_args: Mapping[str, Any], result: Any) -> str | None:
         """What is wrong with `result`, or `None`; compares shapes only, never values."""
         if result is None:
             return None if self.name == "position_embedding_forward" else "returned None"
-        if not self.in_layer or self.name == "routing_forward" or not arguments:
+        if self.name in ("final_forward", "routing_forward"):
             return None
         if not isinstance(result, Tensor):
             return f"returned {type(result).__name__} instead of a tensor"
-        expected = arguments[0].shape
+        if not self.in_layer:
+            width = kw_args["transformer"].config.hidden_size
+            fits = result.dim() == 3 and result.shape[2] == width
+            return None if fits else f"returned {list(result.shape)} where [b, s, {width}] was expected"
+        expected = self.argument(0, arguments, kw_args).shape
         if self.name == "linear_forward":
-            expected = (*expected[:-1], arguments[1].out_features)
+            expected = (*expected[:-1], self.argument(1, arguments, kw_args).out_features)
         if result.shape != expected:
             return f"returned {list(result.shape)} where {list(expected)} was expected"
         return None
@@ -95,6 +103,12 @@ HOOKS: Mapping[str, HookSpec] = {
         HookSpec("final_forward", ("hidden_states",), in_layer=False),
     )
 }
+
+RESERVED = frozenset(
+    {*HookContext.__annotations__, "old_impl", "self"}
+    | {name for spec in HOOKS.values() for name in (*spec.arguments, *spec.options)}
+) - {"encoder_outputs", "cross_attention_mask"}
+"""Keys that neither a caller nor a hook can put into `kw_args`: hooks are given them otherwise."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,11 @@ def non_conflict(method: F | None = None, *, stage: Stage = "transform") -> F | 
         )
 
     def mark(function: F) -> F:
+        if not inspect.isfunction(function):
+            raise HookDefinitionError(
+                f"@non_conflict marks a method, and was given {function!r}; write @non_conflict, or "
+                '@non_conflict(stage="bias").'
+            )
         vars(function)["hook_mark"] = HookMark("non_conflict", stage)
         return function
 
@@ -169,15 +188,20 @@ def check_hook_methods(cls: type) -> None:
     """Check the methods in the body of `cls` when the class is created.
 
     Raises:
-        HookDefinitionError: A name that is nearly a hook's, a mark on something that is no hook, or a
-            signature that the forward pass could not call.
+        HookDefinitionError: A name that is nearly a hook's, a mark on something that is no hook, a stage on a hook
+            that has none, or a signature that the forward pass could not call.
     """
     for name, method in vars(cls).items():
+        if name in HOOKS and isinstance(method, staticmethod | classmethod):
+            raise HookDefinitionError(
+                f"{cls.__qualname__}.{name} is a {type(method).__name__}; a hook is a plain method, with self."
+            )
         if not inspect.isfunction(method):
             continue
         if name in HOOKS:
+            _check_stage(cls, name, mark_of(method))
             _check_signature(cls, HOOKS[name], method)
-        elif not name.startswith("_") and ("hook_mark" in vars(method) or _looks_like_a_hook(name)):
+        elif "hook_mark" in vars(method) or (not name.startswith("_") and _looks_like_a_hook(name)):
             raise HookDefinitionError(
                 f"{cls.__qualname__}.{name} looks like a hook and is not one.{nearest(name, HOOKS)} "
                 f"The hooks are: {', '.join(HOOKS)}. A helper method that is no hook starts with '_'."
@@ -188,9 +212,16 @@ def _looks_like_a_hook(name: str) -> bool:
     return bool(difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.8))
 
 
+def _check_stage(cls: type, name: str, mark: HookMark) -> None:
+    if name != "attention_fn" and mark.stage != "transform":
+        raise HookDefinitionError(
+            f"{cls.__qualname__}.{name} declares stage='{mark.stage}', and only attention_fn has stages: leave it out."
+        )
+
+
 def _check_signature(cls: type, spec: HookSpec, method: Hook) -> None:
     wraps = mark_of(method).kind == "non_conflict"
-    keywords: dict[str, Any] = dict.fromkeys((*spec.options, "a_keyword_of_the_caller"))
+    keywords: dict[str, Any] = dict.fromkeys((*spec.options, "a_keyword_of_the_caller", *_named(spec, method)))
     if wraps:
         keywords["old_impl"] = None
     try:
@@ -204,4 +235,28 @@ def _check_signature(cls: type, spec: HookSpec, method: Hook) -> None:
     if not wraps and "old_impl" in inspect.signature(method).parameters:
         raise HookDefinitionError(
             f"{cls.__qualname__}.{spec.name} takes old_impl but is not marked as a wrapper; put @non_conflict above it."
+        )
+
+
+def _named(spec: HookSpec, method: Hook) -> set[str]:
+    """What a signature asks for by name and the call will bring: keyword-only parameters, and keys of `kw_args`."""
+    parameters = inspect.signature(method).parameters.values()
+    context = {*HookContext.__annotations__} - ({"layer_id", "layer"} if not spec.in_layer else set())
+    keyword_only = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "old_impl"}
+    never = {*HookContext.__annotations__} - context
+    return (keyword_only - never) | (context & {each.name for each in parameters} - {*spec.arguments})
+
+
+def check_accepts(cls: type, accepts: object) -> None:
+    """Check a mixin's `accepts`.
+
+    Raises:
+        HookDefinitionError: It is no tuple of names, or holds one that hooks are given otherwise.
+    """
+    if not isinstance(accepts, tuple) or not all(isinstance(name, str) for name in accepts):
+        raise HookDefinitionError(f'{cls.__qualname__}.accepts is {accepts!r}; write a tuple: accepts = ("image",).')
+    taken = [name for name in accepts if name in RESERVED]
+    if taken:
+        raise HookDefinitionError(
+            f"{cls.__qualname__}.accepts names '{taken[0]}', which every call brings already: choose another name."
         )

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import nn
 
-from swissarmy.core.hooks import check_hook_methods
+from swissarmy.core.hooks import check_accepts, check_hook_methods
 
 
 class MixinHost(Protocol):
@@ -30,6 +30,7 @@ class BaseMixin(nn.Module):
         """Refuse misspelt hooks and signatures that cannot be called, when the class is created."""
         super().__init_subclass__(**options)
         check_hook_methods(cls)
+        check_accepts(cls, cls.accepts)
 
     @classmethod
     def for_model(cls, model: MixinHost, **options: Any) -> Any:

@@ -1,6 +1,6 @@
 """What hooks hand on beside their result: to the caller, and to the layers that follow."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any, final
 
 from swissarmy.core.errors import HookCallError
@@ -13,22 +13,26 @@ class Outputs(MutableMapping[str, Any]):
     `written_by` gives a view on the same values for another writer; one is made for each mixin that runs.
     """
 
-    __slots__ = ("kind", "values_by_key", "writer", "writers")
+    __slots__ = ("kind", "reserved", "values_by_key", "writer", "writers")
 
-    def __init__(self, kind: str) -> None:
-        """Make an empty record; `kind` names it in messages."""
-        self.kind = kind
+    def __init__(self, kind: str, *, reserved: Collection[str] = ()) -> None:
+        """Make an empty record; `kind` names it in messages, and `reserved` keys are refused."""
+        self.kind, self.reserved = kind, reserved
         self.writer = "the backbone"
         self.values_by_key: dict[str, Any] = {}
         self.writers: dict[str, str] = {}
 
     def written_by(self, writer: str) -> "Outputs":
         """The same record, for `writer` to write to."""
-        view = Outputs(self.kind)
+        view = Outputs(self.kind, reserved=self.reserved)
         view.writer, view.values_by_key, view.writers = writer, self.values_by_key, self.writers
         return view
 
     def __setitem__(self, key: str, value: Any) -> None:
+        if key in self.reserved:
+            raise HookCallError(
+                f"{self.kind}['{key}'], written by '{self.writer}': hooks are given '{key}' already; rename the key."
+            )
         first = self.writers.get(key, self.writer)
         if first != self.writer:
             raise clash(f"{self.kind}['{key}']", first, self.writer)

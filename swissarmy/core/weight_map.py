@@ -116,6 +116,8 @@ class WeightMap:
     """Their tensors that repeat another one, because they are tied; must be equal to it."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Their tensors that hold another one again: written beside it, and read only where the other is missing."""
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    """Their tensors that some checkpoints leave out, and the one that is read in their place."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Ends of names in old checkpoints, and what they are called now."""
 

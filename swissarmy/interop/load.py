@@ -24,6 +24,7 @@ from swissarmy.interop.hub import resolve
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.models._family import build_model
+from swissarmy.nn.norms import RMSNorm
 
 MIXINS_FOLDER = "mixins"
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model", "mixins/*")
@@ -52,13 +53,15 @@ def load(
         CheckpointError: No such checkpoint, or tensors that are missing, unexpected or of another shape.
         ConfigError: A configuration that is not understood.
     """
-    values, source, where = _open(path, dtype)
+    values, source, where = open_checkpoint(path, dtype)
     with torch.device("meta"):
         model = build_model({**values, **(overrides or {})}, where=where)
     plan = make_plan(model, source, allow_missing=allow_missing, stored=values)
+    _check_duplicates(model, plan, source)
     _stream(model, plan, source, dtype=dtype, device=torch.device(device))
+    stored_dtype = next((p.dtype for p in model.parameters() if p.device.type != "meta"), torch.float32)
     for name in plan.missing:
-        _start_anew(model, name, torch.device(device), dtype or torch.float32)
+        _start_anew(model, name, torch.device(device), dtype or stored_dtype)
     _add_mixins(model, mixins or {}, Path(where).parent, dtype, allow_missing)
     return model.eval()
 
@@ -103,9 +106,10 @@ def make_plan(
     weight_map: WeightMap = model.source.family.weights(model.source.config)
     parameters = dict(model.named_parameters())
     entries = {entry.theirs: entry for entry in weight_map.entries(parameters)}
-    names = {weight_map.canonical(name, entries): name for name in source.names()}
+    names, problems = _canonical_names(weight_map, entries, source)
+    names |= {own: names[copy] for copy, own in weight_map.duplicates.items() if copy in names and own not in names}
     names |= {own: names[copy] for copy, own in weight_map.copies.items() if copy in names and own not in names}
-    problems: list[str] = []
+    names |= {own: names[other] for own, other in weight_map.fallbacks.items() if other in names and own not in names}
     lacking = [entry for theirs, entry in entries.items() if theirs not in names]
     missing = tuple(name for entry in lacking for name in entry.ours if _allowed(name, allow_missing))
     problems += _report("missing", [e.theirs for e in lacking if not set(e.ours) <= {*missing}], names)
@@ -120,8 +124,21 @@ def make_plan(
             problems += _shape_problems(entry, names[theirs], source, parameters, stored)
     if problems:
         raise CheckpointError("\n  - ".join([f"{_place(source)} does not fit {type(model).__name__}:", *problems]))
-    _check_duplicates(weight_map, names, source)
     return Plan(tuple(e for e in entries.values() if e.theirs in names), names, missing, stored)
+
+
+def _canonical_names(
+    weight_map: WeightMap, entries: Mapping[str, Entry], source: TensorSource
+) -> tuple[dict[str, str], list[str]]:
+    """Their names by the rules' spelling of them, and a problem for each two that are the same tensor."""
+    names: dict[str, str] = {}
+    problems = []
+    for name in source.names():
+        canonical = weight_map.canonical(name, entries)
+        if canonical in names and not weight_map.is_ignored(canonical):
+            problems.append(f"unexpected: {name}, beside {names[canonical]}: both are {canonical}.")
+        names.setdefault(canonical, name)
+    return names, problems
 
 
 def group_names(names: Iterable[str]) -> list[str]:
@@ -134,8 +151,12 @@ def group_names(names: Iterable[str]) -> list[str]:
     return [template.replace("{}", _ranges(sorted(numbers)), 1) for template, numbers in groups.items()]
 
 
-def _open(path: str | Path, dtype: torch.dtype | None) -> tuple[dict[str, Any], TensorSource, str]:
-    """The configuration, the tensors, and the name of the configuration for messages."""
+def open_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict[str, Any], TensorSource, str]:
+    """The configuration, the tensors, and the name of the configuration for messages; only headers are read.
+
+    Raises:
+        CheckpointError: No such checkpoint, or one that is damaged.
+    """
     if str(path).endswith(".gguf"):
         gguf = GGUFSource(path, dtype=dtype or torch.float32)
         return gguf.config, gguf, str(path)
@@ -155,6 +176,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not valid UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, not an object")
     return values
@@ -178,13 +201,15 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _start_anew(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
     """A starting value for a parameter that the checkpoint lacks: small for matrices, one for norms, else zero."""
-    parameter = model.get_parameter(name)
-    fresh = torch.zeros(parameter.shape, device=device, dtype=dtype)
-    if parameter.dim() > 1:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    fresh = torch.zeros(model.get_parameter(name).shape, device=device, dtype=dtype)
+    if fresh.dim() > 1:
         nn.init.normal_(fresh, std=0.02)
-    elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.LayerNorm) and name.endswith("weight"):
+    elif isinstance(owner, nn.LayerNorm) and name.endswith("weight"):
         nn.init.ones_(fresh)
     _assign(model, name, fresh)
+    if isinstance(owner, RMSNorm):
+        owner.reset_parameters()
 
 
 def _add_mixins(
@@ -202,7 +227,7 @@ def _add_mixins(
         problems += _report("missing", [n for n in parameters if n not in have and not _allowed(n, allow)], have)
         problems += [
             f"{name}: have {list(stored.shape(name))}, want {list(parameters[name].shape)}"
-            for name in have & set(parameters)
+            for name in sorted(have & set(parameters))
             if stored.shape(name) != parameters[name].shape
         ]
     if problems:
@@ -234,7 +259,10 @@ def _shape_problems(
         yield f"{name}: have {list(source.shape(name))}, want {list(whole)} ({', '.join(entry.ours)})"
 
 
-def _check_duplicates(weight_map: WeightMap, names: Mapping[str, str], source: TensorSource) -> None:
+def _check_duplicates(model: Model, plan: Plan, source: TensorSource) -> None:
+    """Refuse tied tensors that were stored twice and differ."""
+    weight_map: WeightMap = model.source.family.weights(model.source.config)
+    names = plan.names
     for copy, original in weight_map.duplicates.items():
         if (
             copy in names

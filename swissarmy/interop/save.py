@@ -6,17 +6,18 @@ The family's own tensors go to `model.safetensors`, for `transformers` to read; 
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swissarmy.backbone.model import BaseModel, Model
+from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.load import MIXINS_FOLDER
-from swissarmy.interop.safe_write import save_safetensors, write_folder
+from swissarmy.interop.safe_write import LazyTensor, save_safetensors, write_folder
 from swissarmy.models._family import Source, build_model
 
 
@@ -32,11 +33,12 @@ def save_pretrained(model: Model, folder: Path) -> None:
     weight_map: WeightMap = source.family.weights(source.config)
     own = {name: parameters[name] for name in parameters if name in source.own_names}
     entries = weight_map.entries(own)
-    _check_complete(source, parameters)
+    _check_complete(source, model, parameters)
     added = {name: parameter.detach() for name, parameter in parameters.items() if name not in source.own_names}
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     with write_folder(folder) as target:
         values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
+        values.pop("torch_dtype", None)  # the old name of dtype
         (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_safetensors(target, _their_tensors(entries, own, weight_map.copies))
         if added:
@@ -46,16 +48,26 @@ def save_pretrained(model: Model, folder: Path) -> None:
 
 def _their_tensors(
     entries: list[Entry], parameters: Mapping[str, Tensor], copies: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, LazyTensor]]:
+    """Each tensor of the file, made when its turn comes."""
     for entry in entries:
-        whole = entry.rule.join([parameters[name].detach() for name in entry.ours])
-        yield entry.theirs, whole
-        for copy in (name for name, original in copies.items() if original == entry.theirs):
-            yield copy, whole.clone()
+        parts = [parameters[name].detach() for name in entry.ours]
+        shape = entry.rule.join([torch.empty_like(part, device="meta") for part in parts]).shape
+        names = [entry.theirs, *(name for name, original in copies.items() if original == entry.theirs)]
+        for name in names:
+            yield name, LazyTensor(shape=shape, dtype=parts[0].dtype, make=partial(entry.rule.join, parts))
 
 
-def _check_complete(source: Source, parameters: Mapping[str, Tensor]) -> None:
+def _check_complete(source: Source, model: Model, parameters: Mapping[str, Tensor]) -> None:
     """Refuse a model that is no longer what its configuration says; a reader would find another network."""
+    with torch.device("meta"):
+        original = build_model(source.values)
+    mixins = dict(every_mixin(model))
+    for name, mixin in every_mixin(original):
+        if type(mixins.get(name)) is not type(mixin):
+            raise CheckpointError(
+                f"'{name}' ({type(mixin).__name__}) was removed from the model, and its family's layout needs it."
+            )
     for name, shape in source.own_names.items():
         if name not in parameters:
             raise CheckpointError(f"'{name}' was removed from the model, and its family's layout needs it.")

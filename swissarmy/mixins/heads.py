@@ -151,7 +151,7 @@ class ClassificationHeadMixin(BaseMixin):
         self.second = nn.Linear(hidden_size, num_labels, bias=bias) if pooling == "first_two" else None
 
     @classmethod
-    def for_config(cls, config: TransformerConfig, *, num_labels: int, **options: Any) -> Self:
+    def for_config(cls, config: TransformerConfig, *, num_labels: int = 2, **options: Any) -> Self:
         """The model's width; the last token where it is causal, else the first."""
         return cls(config.hidden_size, num_labels, **{"pooling": "last" if config.causal else "first", **options})
 

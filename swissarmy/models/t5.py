@@ -4,9 +4,9 @@ Attention scores are not scaled and nothing has a bias; version 1.0 ties its hea
 what it is given, version 1.1 has a head of its own and a gated MLP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from swissarmy.models._family import Family, FamilyConfig, Preset
 
 VERSION_1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 ENCODER_ONLY = ("T5EncoderModel", "T5ForTokenClassification")
+CLASSIFIERS = {"T5ForSequenceClassification": "classification_head.out_proj", "T5ForQuestionAnswering": "qa_outputs"}
 
 
 @final
@@ -30,7 +31,7 @@ class T5Config(FamilyConfig):
     """`config.json` of T5."""
 
     ignored = frozenset({"output_past", "is_gated_act"})
-    renamed = {
+    renamed: ClassVar[Mapping[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
         "num_hidden_layers": "num_layers",
@@ -56,7 +57,7 @@ class T5Config(FamilyConfig):
     """The activation, where it is not what `feed_forward_proj` says."""
     scale_decoder_outputs: bool | None = None
     """Whether the head is given hidden states times `d_model**-0.5`; as `tie_word_embeddings` says when `None`.
-    Newer files of version 1.1 have it at false, with a `tie_word_embeddings` that says nothing."""
+    Newer files of version 1.1 have it at false, and a `tie_word_embeddings` that says nothing."""
     pad_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1
     decoder_start_token_id: int | None = None
@@ -162,30 +163,26 @@ def _stack(config: T5Config, *, decoder: bool) -> BaseModel:
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
     )
-    mixins: dict[str, BaseMixin] = {"positions": positions}
-    if config.dropout_rate:
-        mixins["dropout"] = T5DropoutMixin(config.dropout_rate)
     last = decoder or config.architecture in ENCODER_ONLY
-    model = BaseModel(backbone, {**mixins, **(_head(config) if last else {"head": NoHeadMixin()})})
+    model = BaseModel(backbone, {"positions": positions, **(_head(config) if last else {"head": NoHeadMixin()})})
+    if config.dropout_rate:
+        model.add_mixin("dropout", T5DropoutMixin(config.dropout_rate))
     _initialize(model, config)
     return model
 
 
 def _head(config: T5Config) -> dict[str, BaseMixin]:
+    dropout = config.classifier_dropout
     match config.architecture:
         case "T5ForConditionalGeneration":
             return {"scale": LogitScaleMixin(config.d_model**-0.5)} if config.scaled else {}
         case "T5ForSequenceClassification":
             assert isinstance(config.eos_token_id, int)
-            head = ClassificationHeadMixin(
-                config.d_model, config.num_labels, activation="tanh", dropout=config.classifier_dropout
-            )
+            head = ClassificationHeadMixin(config.d_model, config.num_labels, activation="tanh", dropout=dropout)
             return {"head": head, "source_end": SourceEndMixin(config.eos_token_id)}
         case "T5ForTokenClassification":
-            dropout = config.classifier_dropout
-            return {
-                "head": ClassificationHeadMixin(config.d_model, config.num_labels, pooling="tokens", dropout=dropout)
-            }
+            head = ClassificationHeadMixin(config.d_model, config.num_labels, pooling="tokens", dropout=dropout)
+            return {"head": head}
         case "T5ForQuestionAnswering":
             return {"head": ClassificationHeadMixin(config.d_model, 2, pooling="tokens")}
         case _:
@@ -194,24 +191,16 @@ def _head(config: T5Config) -> dict[str, BaseMixin]:
 
 def _initialize(model: BaseModel, config: T5Config) -> None:
     """Starting values that keep unscaled attention in range: each matrix by the size of its input."""
-    narrow, heads = config.d_model**-0.5, (config.num_heads * config.d_kv) ** -0.5
-    deviation = {
+    deviations = {
         "word_embeddings": 1.0,
-        "table": narrow,
-        "query": narrow * config.d_kv**-0.5,
-        "key": narrow,
-        "value": narrow,
-        "output": heads,
-        "gate": narrow,
-        "up": narrow,
+        "query": (config.d_model * config.d_kv) ** -0.5,
+        "output": (config.num_heads * config.d_kv) ** -0.5,
         "down": config.d_ff**-0.5,
-        "lm_head": narrow,
-        "dense": narrow,
-        "classifier": narrow,
     }
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=config.initializer_factor * deviation[name.split(".")[-2]])
+            deviation = deviations.get(name.split(".")[-2], config.d_model**-0.5)
+            nn.init.normal_(parameter, std=config.initializer_factor * deviation)
 
 
 def weights(config: T5Config) -> WeightMap:
@@ -226,7 +215,10 @@ def weights(config: T5Config) -> WeightMap:
     ignored = [f"{base}decoder.block.{{i}}.layer.1.EncDecAttention.relative_attention_bias.weight"]
     if alone:
         ignored += [f"{base}decoder.{{rest}}", "lm_head.weight"]
-    elif not config.own_head:
+    fallbacks = {shared: f"{base}encoder.embed_tokens.weight"}
+    if config.own_head:
+        fallbacks["lm_head.weight"] = shared
+    elif not alone:
         duplicates.append("lm_head.weight")
     return WeightMap(
         prefix="transformer.",
@@ -236,19 +228,12 @@ def weights(config: T5Config) -> WeightMap:
             *(() if alone else _stack_rules(config, f"{base}decoder", decoder, decoder=True)),
             same("lm_head.weight", "parts.decoder.transformer.lm_head.weight"),
             same("classification_head.dense.{p}", f"{head}.dense.{{p}}"),
-            same(f"{_classifier(config)}.{{p}}", f"{head}.classifier.{{p}}"),
+            same(f"{CLASSIFIERS.get(config.architecture, 'classifier')}.{{p}}", f"{head}.classifier.{{p}}"),
         ),
         ignored=tuple(ignored),
         duplicates=dict.fromkeys(duplicates, shared),
+        fallbacks=fallbacks,
     )
-
-
-def _classifier(config: T5Config) -> str:
-    names = {
-        "T5ForSequenceClassification": "classification_head.out_proj",
-        "T5ForQuestionAnswering": "qa_outputs",
-    }
-    return names.get(config.architecture, "classifier")
 
 
 def _stack_rules(config: T5Config, theirs: str, ours: str, *, decoder: bool) -> list[Rule]:

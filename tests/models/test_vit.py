@@ -177,6 +177,17 @@ def test_pixels_of_another_precision_are_converted() -> None:
     assert model.bfloat16()(pixel_values=pixels)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_stretch_in_half_precision_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    model = sat.load(tmp_path, dtype=dtype, overrides={"image_size": 24})
+    stretched = model.mixins["positions"].table
+    assert stretched.dtype == dtype
+    per_call = sat.load(tmp_path, dtype=dtype)
+    pixels = image(24, 24)
+    assert torch.equal(model(pixel_values=pixels)[0], per_call(pixel_values=pixels)[0])
+
+
 def _edit(folder: Path, change: Any) -> None:
     file = folder / "model.safetensors"
     tensors = {name: change(name, tensor).contiguous() for name, tensor in load_file(file).items()}

@@ -89,7 +89,7 @@ DROPOUTS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(calls(), st.sampled_from(DROPOUTS))
 def test_results_and_gradients_equal_the_definition(
     call: tuple[MaskCase, dict[str, Tensor], dict[str, Any]], dropout_fn: Callable[[Tensor], Tensor]

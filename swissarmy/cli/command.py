@@ -1,0 +1,51 @@
+"""What a command of `sat` is. Nothing here imports torch: `sat --help` answers at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import tyro
+
+from swissarmy.core.config import Config
+from swissarmy.core.errors import SwissArmyError
+
+CheckpointPath = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+"""A checkpoint as commands take it: a folder, a file, or a name on the hub."""
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""What the process exits with."""
+
+
+class UsageError(SwissArmyError):
+    """The command line or a config file asks for something that cannot be; exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Config):
+    """The flags that every command has; a command adds its own fields."""
+
+    config: Path | None = None
+    """A YAML file with values for the flags; a flag given here wins."""
+    traceback: bool = False
+    """On an error, show where in the code it arose (or set SAT_TRACEBACK=1)."""
+
+
+OF_THE_COMMAND_LINE = ("config", "traceback")
+"""Options that a config file cannot set."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: its file ends with `COMMAND = Command(...)`."""
+
+    summary: str
+    """One line for `sat --help`."""
+    examples: tuple[str, ...]
+    """Command lines that work."""
+    options: type[Options]
+    repeatable: tuple[str, ...] = ()
+    """Flags that may be given several times, or once with several values."""
+    run: Callable[[Any], int]
+    """Given an instance of `options`, does the work and returns the exit code; imports torch, if at all, in here."""
