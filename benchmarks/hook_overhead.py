@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import alternate, describe_machine, print_table
 from handwritten_gpt2 import HandwrittenGPT2
+from measure import alternate, describe_machine, print_table
 from torch import Tensor, nn
 
 import swissarmy as sat

@@ -13,6 +13,7 @@ from swissarmy.core.hooks import Hook
 from swissarmy.models._family import build_model
 from swissarmy.testing import TINY_CONFIGS
 
+
 def tiny_config(**changes: Any) -> sat.TransformerConfig:
     """The configuration of a backbone with two layers, 16 wide, without dropout."""
     sizes = {

@@ -29,6 +29,8 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> Options:
     except ConfigError as error:
         raise UsageError(str(error)) from error
     arguments = _spread(arguments, command.repeatable)
+    for flag in {argument.split("=")[0] for argument in arguments}.intersection(command.repeatable):
+        values.pop(flag.removeprefix("--").replace("-", "_"), None)  # the flag parser would add to it
     return parse_over(command.options, values, arguments, prog=f"sat {name}", description=_description(command))
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from swissarmy.cli.config_values import Reader
+from swissarmy.cli.config_values import TAG, Reader
 from swissarmy.cli.dataclass_values import construct
 from swissarmy.core.errors import ConfigError
 
@@ -80,15 +80,18 @@ def _compose(path: Path) -> yaml.Node | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema for plain scalars, and no aliases."""
+    """YAML 1.2's core schema for plain scalars; no tags and no aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As in the base class; an alias could stand for a very large or an endless value."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem=f"aliases (*{event.anchor}) are not read: write the value out", problem_mark=event.start_mark
-            )
+        """As in the base class, without what a file could construct objects with, or endless values."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"aliases (*{event.anchor}) are not read: write the value out"
+        elif event.tag is not None:
+            problem = f"tags ({event.tag.replace(TAG, '!!')}) are not read: write a plain value, or text in quotes"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -101,4 +104,4 @@ _CORE_SCHEMA: Mapping[str, str] = {
 
 _Loader.yaml_implicit_resolvers = {}
 for _name, _pattern in _CORE_SCHEMA.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
+    _Loader.add_implicit_resolver(f"{TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), None)

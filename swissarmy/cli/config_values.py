@@ -24,7 +24,8 @@ _NAMES: Mapping[Any, str] = {
     type(None): "null",
 }
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_TAG = "tag:yaml.org,2002:"
+TAG = "tag:yaml.org,2002:"
+"""How the tags of plain values begin."""
 
 
 @final
@@ -68,7 +69,7 @@ class Reader:
     ) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         lines: dict[str, int] = {}
         for key_node, value in () if node is None else node.value:
-            if key_node.tag != f"{_TAG}str":
+            if key_node.tag != f"{TAG}str":
                 self._add(key_node, f"{place}{_shown(key_node)} is no key: a key is text")
                 continue
             key = key_node.value.replace("-", hyphens)
@@ -153,15 +154,10 @@ class Reader:
             return {key: self._plain(item, f"{place}.{key}") for key, _, item in self._items(node, f"{place}.")}
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, f"{place}[{index}]") for index, item in enumerate(node.value)]
-        value = _scalar(node)
-        return self._refuse(node, place, "a plain value") if value is REFUSED else value
+        return _scalar(node)
 
     def _refuse(self, node: yaml.Node, place: str, expected: str, hint: str = "") -> Any:
-        wants_text = (
-            expected in (_NAMES[str], _NAMES[Path])
-            and isinstance(node, yaml.ScalarNode)
-            and _scalar(node) is not REFUSED
-        )
+        wants_text = expected in (_NAMES[str], _NAMES[Path]) and isinstance(node, yaml.ScalarNode)
         cure = f"; in quotes it is text: '{node.value}'" if wants_text else ""
         self._add(node, f"{place}: expected {expected}, not {_shown(node)}{cure}.{hint}")
         return REFUSED
@@ -176,19 +172,17 @@ def _line(node: yaml.Node) -> int:
 
 
 def _scalar(node: yaml.Node) -> Any:
-    """The plain value of a scalar node, or `REFUSED` for a tag that is not plain."""
+    """The plain value of a scalar node."""
     text = str(node.value)
-    match node.tag.removeprefix(_TAG):
-        case "str":
-            return text
-        case "int":
+    match node.tag.removeprefix(TAG):
+        case "int" if len(text) < 100:  # Python refuses to read thousands of digits
             return int(text, 0 if text[:2] in ("0o", "0x") else 10)
         case "float":
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        case "bool" | "null" if text.lower() in _CONSTANTS:
+        case "bool" | "null":
             return _CONSTANTS[text.lower()]
         case _:
-            return REFUSED
+            return text
 
 
 def _fits(node: yaml.Node, hint: Any) -> bool:
@@ -205,10 +199,8 @@ def _shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.SequenceNode):
         return "a list"
     value = _scalar(node)
-    if value is REFUSED:
-        return f"the tag {node.tag.replace(_TAG, '!!')}"
     text = node.value if len(node.value) <= 40 else f"{node.value[:40]}..."
-    return "null" if value is None else f"{_NAMES[type(value)]} ({text!r})" if value in (True, False) else repr(text)
+    return "null" if value is None else f"{_NAMES[type(value)]} ({text!r})" if isinstance(value, bool) else repr(text)
 
 
 def _expected(hint: Any) -> str:

@@ -107,7 +107,7 @@ class SamplingStrategy(Strategy):
                 generator.manual_seed(self.seed + row)
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """By inverting the cumulated probabilities, so that one number a row decides, and never for an impossible one."""
+        """By inverting the cumulated probabilities: one number a row decides, and never for an impossible token."""
         logits = logits.float()
         for process in self.processors:
             logits = process(logits)

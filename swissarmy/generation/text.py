@@ -12,6 +12,18 @@ from swissarmy.generation.autoregressive_sampling import GAP, Grid, fill_sequenc
 from swissarmy.generation.strategies import GreedyStrategy, Strategy
 
 
+class TokenizerLike(Protocol):
+    """What `generate` needs of a tokenizer; `sat.load_tokenizer` gives one."""
+
+    eos_token_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text."""
+
+
 class TextStreamLike(Protocol):
     """Turns tokens into text as they come, never half a character."""
 
@@ -22,16 +34,8 @@ class TextStreamLike(Protocol):
         """What is left."""
 
 
-class TokenizerLike(Protocol):
-    """What generation needs of a tokenizer; `sat.load_tokenizer` gives one."""
-
-    eos_token_ids: tuple[int, ...]
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text."""
+class StreamingTokenizerLike(TokenizerLike, Protocol):
+    """What `stream` needs of a tokenizer."""
 
     def stream(self) -> TextStreamLike:
         """A decoder for tokens that come one by one."""
@@ -73,7 +77,7 @@ def generate(
 
 def stream(
     model: Model,
-    tokenizer: TokenizerLike,
+    tokenizer: StreamingTokenizerLike,
     prompt: str,
     *,
     max_new_tokens: int = 64,

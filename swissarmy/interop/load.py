@@ -55,7 +55,7 @@ def load(
     """
     values, source, where = open_checkpoint(path, dtype)
     with torch.device("meta"):
-        model = build_model({**values, **(overrides or {})}, where=where)
+        model = build_model(_overridden(values, overrides or {}), where=where)
     plan = make_plan(model, source, allow_missing=allow_missing, stored=values)
     _check_duplicates(model, plan, source)
     _stream(model, plan, source, dtype=dtype, device=torch.device(device))
@@ -64,6 +64,12 @@ def load(
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
     _add_mixins(model, mixins or {}, Path(where).parent, dtype, allow_missing)
     return model.eval()
+
+
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the caller's changes; names of labels do not survive another number of labels."""
+    stale = {"id2label", "label2id"} if "num_labels" in overrides else set()
+    return {**{key: value for key, value in values.items() if key not in stale}, **overrides}
 
 
 class AutoModel:

@@ -61,7 +61,7 @@ class FamilyConfig(Config):
             ConfigError: Fields that this family does not know, or values that it does not support.
         """
         known = {cls.renamed.get(key, key): value for key, value in values.items()}
-        if known.get("id2label"):
+        if known.get("id2label") and "num_labels" not in known:
             known["num_labels"] = len(known["id2label"])
         passed_over = (COMMON_IGNORED | cls.ignored) - {own.name for own in fields(cls)}
         return cls.from_dict({key: value for key, value in known.items() if key not in passed_over}, where=where)

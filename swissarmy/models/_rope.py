@@ -1,4 +1,4 @@
-"""Rope parameters as configs write them: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
+"""Rope parameters as configs write them: `rope_parameters` since transformers 5, `rope_scaling` before."""
 
 from collections.abc import Mapping
 from typing import Any

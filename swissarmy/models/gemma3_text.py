@@ -1,7 +1,8 @@
 """Gemma 3, its text model (Gemma Team 2025): sandwich norms, QK-norm, and five windowed layers for each full one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.model import BaseModel
@@ -25,7 +26,7 @@ class Gemma3TextConfig(FamilyConfig):
     """`config.json` of Gemma 3's text model."""
 
     ignored = frozenset({"cache_implementation"})
-    renamed = {"_sliding_window_pattern": "sliding_window_pattern"}
+    renamed: ClassVar[Mapping[str, str]] = {"_sliding_window_pattern": "sliding_window_pattern"}
 
     vocab_size: int = 262208
     hidden_size: int = 2304

@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al. 2019): the plain causal backbone with learned positions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.model import BaseModel
@@ -18,12 +19,18 @@ class GPT2Config(FamilyConfig):
     """`config.json` of GPT-2."""
 
     ignored = frozenset(
-        """
-        summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx
-        reorder_and_upcast_attn predict_special_tokens
-        """.split()
+        {
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+            "n_ctx",
+            "reorder_and_upcast_attn",
+            "predict_special_tokens",
+        }
     )
-    renamed = {
+    renamed: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",

@@ -1,4 +1,4 @@
-"""LLaMA 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024): RMS norm, gated MLP, rotary positions, grouped heads."""
+"""LLaMA 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024): RMS norm, gated MLP, rotary, grouped heads."""
 
 from dataclasses import dataclass
 from typing import Any, final

@@ -339,7 +339,23 @@ def test_a_name_that_is_taken_is_refused_with_the_cure() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a.b", "../up", "a/b", "a b", "ä", "a\0", "a\n", "keys", "items", "pop", "forward", "training", "BaseModel", 3],
+    [
+        "",
+        "a.b",
+        "../up",
+        "a/b",
+        "a b",
+        "ä",
+        "a\0",
+        "a\n",
+        "keys",
+        "items",
+        "pop",
+        "forward",
+        "training",
+        "BaseModel",
+        3,
+    ],
 )
 def test_a_name_that_cannot_be_in_a_state_dict_is_refused(name: Any) -> None:
     model = tiny_model()
@@ -406,7 +422,9 @@ def test_embeddings_of_another_width_or_length_are_refused_by_the_hook_that_gave
 
 
 def test_positions_of_another_length_than_the_tokens_are_refused() -> None:
-    with pytest.raises(HookCallError, match=r"position_embedding_forward gave \[1, 4, 16\] for word embeddings \[2, 5, 16\]"):
+    with pytest.raises(
+        HookCallError, match=r"position_embedding_forward gave \[1, 4, 16\] for word embeddings \[2, 5, 16\]"
+    ):
         tiny_model({"bad": returns(torch.zeros(1, 4, 16), "position_embedding_forward")})(IDS)
 
 
@@ -414,7 +432,9 @@ def test_a_wrong_result_in_a_later_layer_names_that_layer_and_not_a_wrapper_arou
     def mlp_forward(self: Any, hidden_states: Tensor, *, layer_id: int, **kw_args: Any) -> Tensor | None:
         return hidden_states if layer_id == 0 else None
 
-    model = tiny_model({"bad": hook_mixin("mlp_forward", mlp_forward), "around": Scale(), "all": sat.HiddenStatesMixin()})
+    model = tiny_model(
+        {"bad": hook_mixin("mlp_forward", mlp_forward), "around": Scale(), "all": sat.HiddenStatesMixin()}
+    )
     with pytest.raises(HookCallError, match="mixin 'bad', hook mlp_forward, layer 1: returned None") as caught:
         model(IDS)
     assert not notes(caught.value)

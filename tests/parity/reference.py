@@ -1,6 +1,6 @@
 """Compare a model with the reference implementation: outputs, all hidden states, gradients, and the files between."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import swissarmy as sat
-from swissarmy.backbone.model import BaseModel, Model, iterate_models
+from swissarmy.backbone.model import Model, iterate_models
 from swissarmy.mixins.hidden_states import HiddenStatesMixin
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -149,7 +149,7 @@ def _check_call(case: Case, inputs: Inputs, reference: PreTrainedModel, model: M
     expected = reference(**inputs.theirs, output_hidden_states=True)
     for _, plain in iterate_models(model):
         plain.add_mixin("record", HiddenStatesMixin())
-    with _recorded(model, case.normed) as layers:
+    with Recorded(model, case.normed) as layers:
         result = model(**inputs.ours)
     ours = list(result[0]) if isinstance(result[0], tuple) else [result[0]]
     _assert_equal(ours, _outputs(expected), tolerance, what, inputs.real)
@@ -161,7 +161,7 @@ def _check_call(case: Case, inputs: Inputs, reference: PreTrainedModel, model: M
         plain.del_mixin("record")
 
 
-class _recorded:
+class Recorded:
     """What each plain model's layers and, when `normed`, final norm gave during a call."""
 
     def __init__(self, model: Model, normed: bool) -> None:

@@ -1,0 +1,148 @@
+"""`sat generate`."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import swissarmy
+
+
+def expected(folder: Path, *prompts: str, **options: Any) -> list[str]:
+    model, tokenizer = swissarmy.load(folder), swissarmy.load_tokenizer(folder)
+    return swissarmy.generate(model, tokenizer, list(prompts), **options)
+
+
+def test_generate_streams_what_the_library_generates(sat: Any, tiny: Path) -> None:
+    code, out, err = sat("generate", tiny, "--prompt", "once upon", "--max-new-tokens", 8)
+    assert (code, err) == (0, "")
+    assert out == expected(tiny, "once upon", max_new_tokens=8)[0] + "\n"
+    assert sat("generate", tiny, "--prompt", "once upon", "--max-new-tokens", 8, "--no-stream")[1] == out
+
+
+def test_generate_prints_each_of_several_prompts(sat: Any, tiny: Path) -> None:
+    texts = expected(tiny, "once", "a tiny model", max_new_tokens=4)
+    want = f"> once\n{texts[0]}\n\n> a tiny model\n{texts[1]}\n"
+    for prompts in (["--prompt", "once", "--prompt", "a tiny model"], ["--prompt", "once", "a tiny model"]):
+        assert sat("generate", tiny, *prompts, "--max-new-tokens", 4) == (0, want, "")
+
+
+def test_generate_prints_one_json_object_for_each_prompt(sat: Any, tiny: Path) -> None:
+    _, out, _ = sat("generate", "--prompt", "once", "--prompt=a", tiny, "--max-new-tokens", 4, "--json")
+    texts = expected(tiny, "once", "a", max_new_tokens=4)
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"prompt": "once", "text": texts[0]},
+        {"prompt": "a", "text": texts[1]},
+    ]
+
+
+def test_generate_with_a_seed_repeats_itself_and_differs_from_greedy(sat: Any, tiny: Path) -> None:
+    options = ["generate", tiny, "--prompt", "once", "--max-new-tokens", 12]
+    first, second = (sat(*options, "--seed", 3, "--temperature", 2.0)[1] for _ in range(2))
+    strategy = swissarmy.SamplingStrategy(temperature=2.0, seed=3)
+    assert first == second == expected(tiny, "once", max_new_tokens=12, strategy=strategy)[0] + "\n"
+    assert first != sat(*options)[1]
+
+
+def test_generate_reads_standard_input_and_a_file(
+    sat: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("upon a\ntime\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"once\n")))
+    _, out, _ = sat("generate", tiny, "--prompt", "-", "--prompt-file", file, "--json", "--max-new-tokens", 2)
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["once", "upon a\ntime"]
+
+
+def test_generate_takes_a_dtype(sat: Any, tiny: Path) -> None:
+    assert sat("generate", tiny, "--prompt", "once", "--dtype", "bfloat16", "--max-new-tokens", 2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--prompt", "a", "--temperature", "0"], ["--temperature 0.0 must be above 0"]),
+        (["--prompt", "a", "--temperature", "nan", "--top-k", "0"], ["--temperature nan", "--top-k 0"]),
+        (["--prompt", "a", "--top-p", "1.5"], ["--top-p 1.5"]),
+        (["--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens 0"]),
+        (["--prompt", "a", "--max-new-tokens", "many"], ["--max-new-tokens", "many"]),
+        (["--prompt", "a", "--dtype", "float8"], ["float8", "bfloat16"]),
+        (["--prompt", "-", "--prompt", "-"], ["--prompt -"]),
+        (["--prompt", ""], ["prompt 1 is empty"]),
+        (["--promt", "a"], ["--promt", "--prompt"]),
+        (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
+        ([], ["there is no prompt", "--prompt"]),
+    ],
+)
+def test_generate_refuses_flags_that_cannot_be(sat: Any, tiny: Path, flags: list[str], names: list[str]) -> None:
+    code, out, err = sat("generate", tiny, *flags)
+    assert (code, out) == (2, "")
+    for name in names:
+        assert name in err
+
+
+def test_generate_refuses_a_prompt_file_that_is_not_utf8(sat: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    code, _, err = sat("generate", tiny, "--prompt-file", tmp_path / "latin.txt")
+    assert code == 2
+    assert "latin.txt: not valid UTF-8 at byte 3" in err
+
+
+def test_generate_refuses_a_prompt_longer_than_the_model(sat: Any, tiny: Path) -> None:
+    code, _, err = sat("generate", tiny, "--prompt", "a time " * 40)
+    assert code == 1
+    assert "prompt 1 ('a time a time" in err
+    assert "the model's maximum is 32" in err
+
+
+def test_generate_says_how_many_new_tokens_fit(sat: Any, tiny: Path) -> None:
+    code, _, err = sat("generate", tiny, "--prompt", "once")
+    assert code == 1
+    room = int(err.rsplit("--max-new-tokens ", 1)[1].rstrip(".\n"))
+    assert sat("generate", tiny, "--prompt", "once", "--max-new-tokens", room)[0] == 0
+    assert sat("generate", tiny, "--prompt", "once", "--max-new-tokens", room + 1)[0] == 1
+
+
+def test_generate_refuses_a_model_without_a_language_model_head(sat: Any, tiny: Path, tmp_path: Path) -> None:
+    transformers.GPT2Model.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+    shutil.copy(tiny / "tokenizer.json", tmp_path / "base")
+    code, _, err = sat("generate", tmp_path / "base", "--prompt", "once", "--max-new-tokens", 2)
+    assert code == 1
+    assert "GPT2Model does not generate text" in err
+
+
+def test_generate_without_a_gpu_says_so(sat: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = sat("generate", tiny, "--prompt", "once", "--device", "cuda", "--max-new-tokens", 2)
+    assert code == 1
+    assert "--device cuda" in err
+
+
+def test_generate_takes_a_config_file_and_flags_win(sat: Any, tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"path: {tiny}\nprompt: [once]\nmax-new-tokens: 3\njson: true\n")
+    (text,) = expected(tiny, "once", max_new_tokens=3)
+    assert sat("generate", "--config", config) == (0, json.dumps({"prompt": "once", "text": text}) + "\n", "")
+    _, out, _ = sat("generate", f"--config={config}", "--no-json", "--max-new-tokens", 5, "--prompt", "a")
+    assert out == expected(tiny, "a", max_new_tokens=5)[0] + "\n"
+
+
+def test_generate_reports_every_problem_of_a_config_file(sat: Any, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("prompt: [once]\nmax_new_token: 3\ntop_k: 1.5\njson: yes\ntop_k: 3\n")
+    code, out, err = sat("generate", "x", "--config", config)
+    assert (code, out) == (2, "")
+    assert f"{config}:2: unknown key 'max_new_token'. Did you mean 'max_new_tokens'?" in err
+    assert f"{config}:3: top_k: expected a whole number, not '1.5'" in err
+    assert f"{config}:4: json: expected true or false, not 'yes'" in err
+    assert f"{config}:5: duplicate key 'top_k', given before on line 3" in err
+
+
+def test_a_config_file_that_is_not_there_is_named(sat: Any) -> None:
+    code, _, err = sat("generate", "x", "--config", "nowhere.yaml")
+    assert code == 2
+    assert "nowhere.yaml: No such file" in err
