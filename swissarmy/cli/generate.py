@@ -87,7 +87,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     Raises:
         UsageError: There is none, or one is no UTF-8 text.
     """
-    prompts = [_standard_input() if prompt == "-" else prompt for prompt in options.prompt]
+    prompts = [_standard_input() if prompt == "-" else _argument(prompt) for prompt in options.prompt]
     if options.prompt_file is not None:
         try:
             prompts.append(_text(options.prompt_file.read_bytes(), str(options.prompt_file)))
@@ -180,6 +180,13 @@ def _print_texts(
             print(text)
         else:
             print(f"{'' if index == 0 else chr(10)}> {prompt}\n{text}")
+
+
+def _argument(prompt: str) -> str:
+    """A prompt from the command line, where a locale without UTF-8 leaves other bytes as surrogates."""
+    if not any("\udc80" <= character <= "\udcff" for character in prompt):
+        return prompt
+    return _text(prompt.encode(sys.getfilesystemencoding(), "surrogateescape"), "--prompt")
 
 
 def _standard_input() -> str:

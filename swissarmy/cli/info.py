@@ -85,9 +85,10 @@ def _summary(facts: dict[str, Any]) -> Table:
     rows = {"model": f"{facts['architecture']}, family {facts['family']}"}
     rows["fits"] = "yes, every tensor" if facts["fits"] else f"no, {problems} problem{'s'[: problems != 1]}: see below"
     for name, sizes in facts["sizes"].items():
+        layers, heads, width = sizes["num_layers"], sizes["num_attention_heads"], sizes["hidden_size"]
         rows[name or "size"] = (
-            f"{sizes['num_layers']} layers, width {sizes['hidden_size']:,}, {sizes['num_attention_heads']} heads "
-            f"({sizes['kv_heads']} for keys and values), MLP {sizes['mlp_size']:,}, {sizes['vocab_size']:,} tokens"
+            f"{layers} layer{'s'[: layers != 1]}, width {width:,}, {heads} heads ({sizes['kv_heads']} for keys and "
+            f"values), MLP {sizes['mlp_size']:,}, {sizes['vocab_size']:,} tokens"
         )
     lengths = sorted(set(facts["max_sequence_length"].values()))
     rows["maximum length"] = ", ".join(f"{length:,}" for length in lengths)
@@ -122,6 +123,8 @@ def _hooks(explained: str) -> Table:
         if line.startswith("  "):
             hook, chain = line.split(None, 1)
             table.add_row(hook, chain.replace("→", arrow))
+        elif line.startswith("["):  # a part of a model of several
+            table.add_row(line.split()[0], "", style="bold")
     return table
 
 

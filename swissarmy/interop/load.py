@@ -7,7 +7,7 @@ stream in: nothing is silently missing, unexpected, or left at a random value.
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -62,7 +62,7 @@ def load(
     stored_dtype = next((p.dtype for p in model.parameters() if p.device.type != "meta"), torch.float32)
     for name in plan.missing:
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
-    _add_mixins(model, mixins or {}, Path(where).parent, dtype, allow_missing)
+    _add_mixins(model, mixins or {}, Path(where).parent, allow_missing)
     return model.eval()
 
 
@@ -218,15 +218,13 @@ def _start_anew(model: nn.Module, name: str, device: torch.device, dtype: torch.
         owner.reset_parameters()
 
 
-def _add_mixins(
-    model: Model, mixins: Mapping[str, BaseMixin], folder: Path, dtype: torch.dtype | None, allow: Sequence[str]
-) -> None:
+def _add_mixins(model: Model, mixins: Mapping[str, BaseMixin], folder: Path, allow: Sequence[str]) -> None:
     """Add the caller's mixins and fill them from the folder's mixin file, if it has one."""
     for name, mixin in mixins.items():
         model.add_mixin(name, mixin)
     own = folder / MIXINS_FOLDER
     stored = SafetensorsSource(own) if own.is_dir() else None
-    parameters = {name: p for name, p in model.named_parameters() if name not in model.source.own_names}
+    parameters = added_tensors(model, model.source.own_names)
     have = set() if stored is None else set(stored.names())
     problems = _report("unexpected", sorted(have - set(parameters)), parameters)
     if stored is not None:
@@ -241,8 +239,19 @@ def _add_mixins(
         raise CheckpointError("\n  - ".join([f"{own} does not fit the model; {cure}", *problems]))
     if stored is not None:
         for name in have:
-            parameter = parameters[name]
-            _assign(model, name, stored.read(name).to(device=parameter.device, dtype=dtype or parameter.dtype))
+            ours = parameters[name]
+            value = stored.read(name).to(device=ours.device, dtype=ours.dtype)
+            if isinstance(ours, nn.Parameter):
+                _assign(model, name, value)
+            else:
+                ours.copy_(value)
+
+
+def added_tensors(model: Model, own_names: Collection[str]) -> dict[str, Tensor]:
+    """Parameters, and buffers that are kept, of mixins that were added to what a family made."""
+    kept = model.state_dict().keys()
+    tensors = {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in kept}}
+    return {name: tensor for name, tensor in tensors.items() if name not in own_names}
 
 
 def _allowed(name: str, patterns: Sequence[str]) -> bool:

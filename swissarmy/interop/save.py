@@ -16,7 +16,7 @@ from torch import Tensor
 from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.weight_map import Entry, WeightMap
-from swissarmy.interop.load import MIXINS_FOLDER
+from swissarmy.interop.load import MIXINS_FOLDER, added_tensors
 from swissarmy.interop.safe_write import LazyTensor, save_safetensors, write_folder
 from swissarmy.models._family import Source, build_model
 
@@ -34,7 +34,7 @@ def save_pretrained(model: Model, folder: Path) -> None:
     own = {name: parameters[name] for name in parameters if name in source.own_names}
     entries = weight_map.entries(own)
     _check_complete(source, model, parameters)
-    added = {name: parameter.detach() for name, parameter in parameters.items() if name not in source.own_names}
+    added = {name: tensor.detach() for name, tensor in added_tensors(model, source.own_names).items()}
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     with write_folder(folder) as target:
         values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}

@@ -4,6 +4,7 @@ Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`; the result is `[b, 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +40,15 @@ def attention(
         return _written_out(q, k, v, mask, dropout_fn, scale=scale, bias=bias, softcap=softcap)
     if bias is None and q.is_cuda and torch.compiler.is_compiling() and _has_hidden_blocks(mask):
         return flex(q, k, v, mask, dropout_fn, scale=scale)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=_score_mask(mask, q, k, bias),
+    sdpa = partial(
+        F.scaled_dot_product_attention,
         dropout_p=dropout_fn.p if dropout_fn.training else 0.0,
-        is_causal=bias is None and _is_square_causal(mask, q, k),
         scale=scale,
         enable_gqa=k.shape[1] != q.shape[1],
     )
+    if bias is None and _is_square_causal(mask, q, k):
+        return sdpa(q, k, v, is_causal=True)
+    return sdpa(q, k, v, attn_mask=_score_mask(mask, q, k, bias))
 
 
 def _is_square_causal(mask: Mask, q: Tensor, k: Tensor) -> bool:
@@ -71,8 +71,6 @@ def _score_mask(mask: Mask, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor
     """What SDPA takes as `attn_mask`: nothing, a bool tensor, or the bias with the hidden keys at -inf."""
     if _sees_all(mask, q.shape[2], k.shape[2]):
         return bias
-    if bias is None and _is_square_causal(mask, q, k):
-        return None
     visible = mask.dense(q.shape[2], k.shape[2], q.device)
     return visible if bias is None else torch.where(visible, bias, float("-inf"))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import swissarmy
@@ -113,6 +114,22 @@ def test_generate_refuses_a_model_without_a_language_model_head(sat: Any, tiny: 
     code, _, err = sat("generate", tmp_path / "base", "--prompt", "once", "--max-new-tokens", 2)
     assert code == 1
     assert "GPT2Model does not generate text" in err
+
+
+def test_info_and_generate_take_a_model_of_parts(sat: Any, tiny: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=270, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    shutil.copy(tiny / "tokenizer.json", tmp_path / "t5")
+    code, out, _ = sat("info", tmp_path / "t5", "--json")
+    facts = json.loads(out)
+    assert (code, list(facts["sizes"])) == (0, ["encoder", "decoder"])
+    assert facts["parameters"]["by_part"]["parts.decoder.transformer.layers"] > 0
+    code, out, err = sat("generate", tmp_path / "t5", "--prompt", "once upon", "--max-new-tokens", 4)
+    assert (code, err) == (0, "")
+    assert out == expected(tmp_path / "t5", "once upon", max_new_tokens=4)[0] + "\n"
 
 
 def test_generate_without_a_gpu_says_so(sat: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

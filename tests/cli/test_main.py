@@ -89,6 +89,16 @@ def test_help_and_usage_errors_do_not_wait_for_torch() -> None:
     assert done.returncode == 0
 
 
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, swissarmy as sat; assert 'torch' not in sys.modules; names = sat.__all__; "
+        "assert all(getattr(sat, name) is not None for name in names); assert set(names) <= set(dir(sat)); "
+        "sat.BaseModell"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AttributeError: module 'swissarmy' has no attribute 'BaseModell'. Did you mean: 'BaseModel'?" in done.stderr
+
+
 def test_a_closed_reader_is_no_error() -> None:
     child = subprocess.Popen([*SAT, "models", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None

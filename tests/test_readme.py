@@ -1,0 +1,55 @@
+"""Every block of the README runs: Python as one program, `sat` in a shell, `make` targets by name."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+def test_there_are_only_blocks_that_these_tests_run() -> None:
+    assert {language for language, _ in BLOCKS} == {"sh", "python", "text"}
+
+
+def test_python_blocks_run_in_order_and_print_what_the_readme_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    for expected in blocks("text"):
+        assert expected in printed
+
+
+def test_shell_blocks_run(tmp_path: Path, gemma_gguf: Path) -> None:
+    (tmp_path / "gemma.gguf").symlink_to(gemma_gguf)
+    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    targets = [line.removeprefix("make ") for line in lines if line.startswith("make ")]
+    commands = [line for line in lines if line.startswith("sat ")]
+    assert len(targets) + len(commands) == len(lines)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    sat = Path(sys.executable).parent / "sat"
+    for command in commands:
+        result = subprocess.run(
+            f"{sat} {command.removeprefix('sat ')}",
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip()
