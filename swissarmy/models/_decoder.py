@@ -1,6 +1,8 @@
-"""What LLaMA and the decoders that followed it share: names of tensors, and heads by architecture."""
+"""What LLaMA and the decoders that followed it share: configuration, backbone, heads, and names of tensors."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.core.mixin import BaseMixin
@@ -9,6 +11,51 @@ from swissarmy.mixins.heads import ClassificationHeadMixin, NoHeadMixin
 from swissarmy.models._family import FamilyConfig
 
 LAYER = "transformer.layers.{i}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(FamilyConfig):
+    """The fields of `config.json` that LLaMA-like decoders share; the defaults are LLaMA's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_theta: float | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+
+
+def decoder_backbone(config: DecoderConfig, *, activation: str, **options: Any) -> TransformerConfig:
+    """The backbone of a LLaMA-like decoder: grouped heads, RMS norms, a gated MLP; `options` are what differs."""
+    tied = config.tie_word_embeddings or not config.architecture.endswith("ForCausalLM")
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        activation=activation,
+        gated_mlp=True,
+        query_key_value_bias=config.attention_bias,
+        attention_output_bias=config.attention_bias,
+        norm_epsilon=config.rms_norm_eps,
+        tie_word_embeddings=tied,
+        attention_dropout=config.attention_dropout,
+        initializer_range=config.initializer_range,
+        **options,
+    )
 
 
 def base_prefix(config: FamilyConfig) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.model import BaseModel
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import WeightMap, same
@@ -13,8 +12,15 @@ from swissarmy.mixins.qk_norm import QKNormMixin
 from swissarmy.mixins.rotary import RotaryMixin
 from swissarmy.mixins.sliding_window import SlidingWindowMixin
 from swissarmy.mixins.softcap import LogitSoftcapMixin
-from swissarmy.models._decoder import LAYER, base_prefix, decoder_head, decoder_weights
-from swissarmy.models._family import Family, FamilyConfig, Preset
+from swissarmy.models._decoder import (
+    LAYER,
+    DecoderConfig,
+    base_prefix,
+    decoder_backbone,
+    decoder_head,
+    decoder_weights,
+)
+from swissarmy.models._family import Family, Preset
 from swissarmy.models._rope import rope_parameters
 
 LayerType = Literal["sliding_attention", "full_attention"]
@@ -22,7 +28,7 @@ LayerType = Literal["sliding_attention", "full_attention"]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Gemma3TextConfig(FamilyConfig):
+class Gemma3TextConfig(DecoderConfig):
     """`config.json` of Gemma 3's text model."""
 
     ignored = frozenset({"cache_implementation"})
@@ -33,19 +39,12 @@ class Gemma3TextConfig(FamilyConfig):
     intermediate_size: int = 9216
     num_hidden_layers: int = 26
     num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 256
+    num_key_value_heads: int | None = 4
+    head_dim: int | None = 256
     hidden_activation: str = "gelu_pytorch_tanh"
     max_position_embeddings: int = 131072
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
     pad_token_id: int | None = 0
-    rope_parameters: dict[str, Any] | None = None
-    rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
     rope_local_base_freq: float = 10000.0
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
     query_pre_attn_scalar: float = 256
     sliding_window: int = 4096
     sliding_window_pattern: int = 6
@@ -64,27 +63,13 @@ class Gemma3TextConfig(FamilyConfig):
 
 def build(config: Gemma3TextConfig) -> BaseModel:
     """The backbone, what Gemma adds to it, and the head of the architecture."""
-    backbone = TransformerConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
+    backbone = decoder_backbone(
+        config,
         activation=config.hidden_activation,
-        gated_mlp=True,
-        query_key_value_bias=config.attention_bias,
-        attention_output_bias=config.attention_bias,
         mlp_bias=False,
         attention_scale=config.query_pre_attn_scalar**-0.5,
         norm="rms_one_plus",
-        norm_epsilon=config.rms_norm_eps,
         norm_placement="sandwich",
-        tie_word_embeddings=config.tie_word_embeddings or config.architecture != "Gemma3ForCausalLM",
-        attention_dropout=config.attention_dropout,
-        initializer_range=config.initializer_range,
     )
     windows = config.layers_with_window
     mixins: dict[str, BaseMixin] = {

@@ -1,15 +1,21 @@
 """LLaMA 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024): RMS norm, gated MLP, rotary, grouped heads."""
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
-from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.model import BaseModel
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import WeightMap, same
 from swissarmy.mixins.rotary import RotaryMixin
-from swissarmy.models._decoder import LAYER, base_prefix, decoder_head, decoder_weights
-from swissarmy.models._family import Family, FamilyConfig, Preset
+from swissarmy.models._decoder import (
+    LAYER,
+    DecoderConfig,
+    base_prefix,
+    decoder_backbone,
+    decoder_head,
+    decoder_weights,
+)
+from swissarmy.models._family import Family, Preset
 from swissarmy.models._rope import rope_parameters
 
 LLAMA_31_ROPE = {
@@ -23,55 +29,21 @@ LLAMA_31_ROPE = {
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(FamilyConfig):
+class LlamaConfig(DecoderConfig):
     """`config.json` of LLaMA."""
 
     ignored = frozenset({"pretraining_tp", "rope_interleaved"})
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
     original_max_position_embeddings: int | None = None
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_theta: float | None = None
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
     mlp_bias: bool = False
     classifier_dropout: float | None = None
 
 
 def build(config: LlamaConfig) -> BaseModel:
     """The backbone, rotary positions, and the head of the architecture."""
-    backbone = TransformerConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        activation=config.hidden_act,
-        gated_mlp=True,
-        query_key_value_bias=config.attention_bias,
-        attention_output_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        norm="rms",
-        norm_epsilon=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings or config.architecture != "LlamaForCausalLM",
-        attention_dropout=config.attention_dropout,
-        initializer_range=config.initializer_range,
-    )
+    backbone = decoder_backbone(config, activation=config.hidden_act, mlp_bias=config.mlp_bias, norm="rms")
     rope = rope_parameters(
         config.rope_parameters,
         config.rope_scaling,
