@@ -144,7 +144,7 @@ class ClassificationHeadMixin(BaseMixin):
         super().__init__()
         self.pooling, self.padding_id = pooling, padding_id
         self.dense = None if activation is None else nn.Linear(hidden_size, hidden_size)
-        self.activation = ACTIVATIONS[activation or "linear"]
+        self.activation = nn.Identity() if activation is None else ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(dropout if input_dropout is None else input_dropout)
         self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)

@@ -275,14 +275,16 @@ def test_a_mixture_of_experts_is_a_loop_over_tokens() -> None:
     for row in range(2):
         for position in range(5):
             token = x[row, position]
-            scores = (layer.router.weight @ token).softmax(-1)
+            scores = (layer.router.weight @ token).float().softmax(-1)  # in float32, as published models do
             best = sorted(range(4), key=lambda expert: -scores[expert])[:2]
             total = sum(scores[expert] for expert in best)
             expected = torch.zeros(16, dtype=torch.float64)
             for expert in best:
                 mlp = layer.experts[expert]
-                expected += scores[expert] / total * mlp.down(mlp.activation(mlp.gate(token)) * mlp.up(token))
-            torch.testing.assert_close(ours[row, position], expected, rtol=1e-6, atol=1e-7)
+                expected += (scores[expert] / total).double() * mlp.down(
+                    mlp.activation(mlp.gate(token)) * mlp.up(token)
+                )
+            close(ours[row, position], expected)
 
 
 def test_another_mixin_may_route_otherwise_in_either_order() -> None:
@@ -443,7 +445,7 @@ def test_freezing_all_but_nothing_freezes_everything() -> None:
     [
         ("mixins.scal", r"'mixins\.scal' matches no parameter\. Did you mean 'mixins\.scale'\?"),
         ("", "''"),
-        ("scale", ""),
+        ("scale", "'scale' matches no parameter"),
     ],
 )
 def test_a_pattern_that_matches_nothing_changes_nothing(pattern: str, named: str) -> None:
@@ -471,12 +473,12 @@ def test_the_summary_counts_each_parameter_once() -> None:
 
 
 def test_a_mixin_goes_to_every_part_it_suits_each_with_its_own_parameters() -> None:
-    model = tiny_family_model("t5").add_mixin("scale", Scale(2.0))
-    assert [name for name in model.state_dict() if "scale" in name] == [
-        "parts.encoder.mixins.scale.factor",
-        "parts.decoder.mixins.scale.factor",
+    model = tiny_family_model("t5").add_mixin("mine", Scale(2.0))
+    assert [name for name in model.state_dict() if "mine" in name] == [
+        "parts.encoder.mixins.mine.factor",
+        "parts.decoder.mixins.mine.factor",
     ]
-    assert model.get_mixin("scale", "encoder") is not model.get_mixin("scale", "decoder")
+    assert model.get_mixin("mine", "encoder") is not model.get_mixin("mine", "decoder")
     model.add_mixin("cache", sat.CachedAutoRegressiveMixin())
     assert "cache" not in model.part("encoder").mixins
     model.add_mixin("only", Scale(), part="encoder")
@@ -496,7 +498,7 @@ def test_a_mixin_that_one_part_refuses_is_in_no_part() -> None:
     ("action", "named"),
     [
         (lambda model: model.add_mixin("x", Scale(), part="decodr"), r"no part 'decodr'. Did you mean 'decoder'\?"),
-        (lambda model: model.get_mixin("scal"), r"no part has a mixin 'scal'. Did you mean 'scale'\?"),
+        (lambda model: model.get_mixin("min"), r"no part has a mixin 'min'. Did you mean 'mine'\?"),
         (lambda model: model.del_mixin("x"), "no part has a mixin 'x'"),
         (lambda model: model.add_mixin("x", {"encoder": Scale()}, part="decoder"), "is not for part 'decoder'"),
         (lambda model: model.add_mixin("x", {}), "suits no part"),
@@ -504,4 +506,4 @@ def test_a_mixin_that_one_part_refuses_is_in_no_part() -> None:
 )
 def test_a_part_or_mixin_that_is_not_there_is_named_with_the_nearest(action: Any, named: str) -> None:
     with pytest.raises(HookDefinitionError, match=named):
-        action(tiny_family_model("t5").add_mixin("scale", Scale()))
+        action(tiny_family_model("t5").add_mixin("mine", Scale()))

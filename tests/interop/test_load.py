@@ -211,7 +211,7 @@ def test_a_value_that_would_change_the_network_and_is_not_supported_is_refused(t
         ({"model_type": 7}, "'7' is not supported"),
         (
             {"architectures": ["GPT2LMHead"]},
-            r"architecture 'GPT2LMHead' is not supported\. Did you mean 'GPT2LMHeadModel'\?.*Supported: GPT2LMHeadModel",
+            r"architecture 'GPT2LMHead' is not supported\. Did you mean 'GPT2LMHeadModel'\?.*Supported: GPT2",
         ),
     ],
 )

@@ -31,14 +31,6 @@ def reference(architecture: str, **changes: Any) -> PreTrainedModel:
     return getattr(transformers, architecture)(RobertaConfig(**{**TINY, **changes})).eval()
 
 
-@pytest.mark.parametrize("name", FAMILY.presets)
-def test_presets_have_the_published_number_of_parameters(name: str) -> None:
-    preset = FAMILY.presets[name]
-    with torch.device("meta"):
-        model = build_model({"model_type": "roberta", **preset.config})
-    assert sum(parameter.numel() for parameter in model.parameters()) == preset.parameters
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_causal_roberta_gives_the_same_logits_cached_and_uncached(tmp_path: Path, padded: bool) -> None:
     reference("RobertaForCausalLM", is_decoder=True).save_pretrained(tmp_path / "model")

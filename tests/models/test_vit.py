@@ -11,7 +11,7 @@ from torch import Tensor
 
 import swissarmy as sat
 from swissarmy.backbone.model import BaseModel
-from swissarmy.models._family import build_model, find_family
+from swissarmy.models._family import build_model
 
 TINY = {
     "model_type": "vit",
@@ -22,7 +22,6 @@ TINY = {
     "image_size": 16,
     "patch_size": 4,
 }
-PRESETS = [(family, name) for family in ("vit", "deit") for name in find_family(family).presets]
 
 
 def tiny(**changes: Any) -> BaseModel:
@@ -34,14 +33,6 @@ def tiny(**changes: Any) -> BaseModel:
 
 def image(height: int, width: int, *, channels: int = 3, batch: int = 2) -> Tensor:
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize(("family", "name"), PRESETS)
-def test_presets_have_the_published_number_of_parameters(family: str, name: str) -> None:
-    preset = find_family(family).presets[name]
-    with torch.device("meta"):
-        model = build_model({"model_type": family, **preset.config})
-    assert sum(parameter.numel() for parameter in model.parameters()) == preset.parameters
 
 
 @pytest.mark.parametrize("family", ["vit", "deit"])
