@@ -150,8 +150,9 @@ print(set(sys.modules) - before)
     assert in_a_new_process(code).strip() == "set()"
 
 
-def test_a_public_name_that_does_not_exist_is_answered_with_the_nearest() -> None:
-    with pytest.raises(AttributeError, match=r"'swissarmy' has no attribute 'BaseMixn'. Did you mean 'BaseMixin'\?"):
+def test_a_public_name_that_does_not_exist_is_an_attribute_error() -> None:
+    """Python's own traceback adds the nearest name, from `dir()`."""
+    with pytest.raises(AttributeError, match="'swissarmy' has no attribute 'BaseMixn'"):
         sat.BaseMixn  # noqa: B018
 
 

@@ -13,8 +13,8 @@ from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.model import Model, every_mixin, iterate_models
 from swissarmy.core.errors import CheckpointError
 from swissarmy.interop.gguf import GGUFSource
-from swissarmy.interop.load import MIXINS_FOLDER, make_plan, open_checkpoint
-from swissarmy.interop.safetensors_folder import SafetensorsSource
+from swissarmy.interop.load import make_plan, open_checkpoint
+from swissarmy.interop.mixin_folder import stored_mixins
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.models._family import build_model
 
@@ -47,16 +47,7 @@ def outline(path: str) -> Outline:
         make_plan(model, source, stored=values)
     except CheckpointError as error:
         return Outline(model, source, str(error), {})
-    return Outline(model, source, None, _added(Path(where).parent / MIXINS_FOLDER))
-
-
-def _added(folder: Path) -> Mapping[str, int]:
-    counts: Counter[str] = Counter()
-    if folder.is_dir():
-        stored = SafetensorsSource(folder)
-        for name in stored.names():
-            counts[name.split("mixins.", 1)[-1].split(".")[0]] += math.prod(stored.shape(name))
-    return counts
+    return Outline(model, source, None, stored_mixins(Path(where).parent))
 
 
 def parts_of(model: Model) -> dict[str, TransformerConfig]:

@@ -26,6 +26,9 @@ class BaseMixin(nn.Module):
     accepts: ClassVar[tuple[str, ...]] = ()
     """Keywords of the model's call that this mixin reads from `kw_args` without naming them in a signature."""
 
+    keeps_outputs: ClassVar[bool] = False
+    """Whether the model computes the same with and without it, as with a cache; such a mixin need not be saved."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuse misspelt hooks and signatures that cannot be called, when the class is created."""
         super().__init_subclass__(**options)

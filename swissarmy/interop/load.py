@@ -4,29 +4,28 @@ The model is built on the meta device, every name and shape is compared before a
 stream in: nothing is silently missing, unexpected, or left at a random value.
 """
 
-import fnmatch
 import json
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swissarmy.backbone.model import Model
-from swissarmy.core.errors import CheckpointError, nearest
+from swissarmy.core.errors import CheckpointError
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.gguf import GGUFSource
 from swissarmy.interop.hub import resolve
+from swissarmy.interop.matching import allowed, assign, report
+from swissarmy.interop.mixin_folder import add_mixins
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.models._family import build_model
 from swissarmy.nn.norms import RMSNorm
 
-MIXINS_FOLDER = "mixins"
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model", "mixins/*")
 
 
@@ -62,7 +61,7 @@ def load(
     stored_dtype = next((p.dtype for p in model.parameters() if p.device.type != "meta"), torch.float32)
     for name in plan.missing:
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
-    _add_mixins(model, mixins or {}, Path(where).parent, allow_missing)
+    add_mixins(model, mixins or {}, Path(where).parent, allow_missing)
     return model.eval()
 
 
@@ -117,14 +116,14 @@ def make_plan(
     names |= {own: names[copy] for copy, own in weight_map.copies.items() if copy in names and own not in names}
     names |= {own: names[other] for own, other in weight_map.fallbacks.items() if other in names and own not in names}
     lacking = [entry for theirs, entry in entries.items() if theirs not in names]
-    missing = tuple(name for entry in lacking for name in entry.ours if _allowed(name, allow_missing))
-    problems += _report("missing", [e.theirs for e in lacking if not set(e.ours) <= {*missing}], names)
+    missing = tuple(name for entry in lacking for name in entry.ours if allowed(name, allow_missing))
+    problems += report("missing", [e.theirs for e in lacking if not set(e.ours) <= {*missing}], names)
     extra = [
         name
         for name in names
         if name not in {**entries, **weight_map.duplicates, **weight_map.copies} and not weight_map.is_ignored(name)
     ]
-    problems += _report("unexpected", extra, entries)
+    problems += report("unexpected", extra, entries)
     for theirs, entry in entries.items():
         if theirs in names:
             problems += _shape_problems(entry, names[theirs], source, parameters, stored)
@@ -145,16 +144,6 @@ def _canonical_names(
             problems.append(f"unexpected: {name}, beside {names[canonical]}: both are {canonical}.")
         names.setdefault(canonical, name)
     return names, problems
-
-
-def group_names(names: Iterable[str]) -> list[str]:
-    """Names that differ only in a layer's number, as one: `layers.{0..23}.x`."""
-    groups: dict[str, list[int]] = {}
-    for name in names:
-        number = re.search(r"\.(\d+)\.", name)
-        template = name if number is None else name[: number.start(1)] + "{}" + name[number.end(1) :]
-        groups.setdefault(template, []).append(-1 if number is None else int(number[1]))
-    return [template.replace("{}", _ranges(sorted(numbers)), 1) for template, numbers in groups.items()]
 
 
 def open_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict[str, Any], TensorSource, str]:
@@ -197,12 +186,7 @@ def _stream(
         if entry.rule.fit is not None:
             whole = entry.rule.fit(whole.to(dtype=dtype or whole.dtype), plan.stored)
         for name, tensor in zip(entry.ours, entry.rule.split(whole), strict=True):
-            _assign(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+            assign(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
 
 
 def _start_anew(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -213,49 +197,9 @@ def _start_anew(model: nn.Module, name: str, device: torch.device, dtype: torch.
         nn.init.normal_(fresh, std=0.02)
     elif isinstance(owner, nn.LayerNorm) and name.endswith("weight"):
         nn.init.ones_(fresh)
-    _assign(model, name, fresh)
+    assign(model, name, fresh)
     if isinstance(owner, RMSNorm):
         owner.reset_parameters()
-
-
-def _add_mixins(model: Model, mixins: Mapping[str, BaseMixin], folder: Path, allow: Sequence[str]) -> None:
-    """Add the caller's mixins and fill them from the folder's mixin file, if it has one."""
-    for name, mixin in mixins.items():
-        model.add_mixin(name, mixin)
-    own = folder / MIXINS_FOLDER
-    stored = SafetensorsSource(own) if own.is_dir() else None
-    parameters = added_tensors(model, model.source.own_names)
-    have = set() if stored is None else set(stored.names())
-    problems = _report("unexpected", sorted(have - set(parameters)), parameters)
-    if stored is not None:
-        problems += _report("missing", [n for n in parameters if n not in have and not _allowed(n, allow)], have)
-        problems += [
-            f"{name}: have {list(stored.shape(name))}, want {list(parameters[name].shape)}"
-            for name in sorted(have & set(parameters))
-            if stored.shape(name) != parameters[name].shape
-        ]
-    if problems:
-        cure = 'give the mixins that the model was saved with: sat.load(path, mixins={"name": MyMixin(...)}).'
-        raise CheckpointError("\n  - ".join([f"{own} does not fit the model; {cure}", *problems]))
-    if stored is not None:
-        for name in have:
-            ours = parameters[name]
-            value = stored.read(name).to(device=ours.device, dtype=ours.dtype)
-            if isinstance(ours, nn.Parameter):
-                _assign(model, name, value)
-            else:
-                ours.copy_(value)
-
-
-def added_tensors(model: Model, own_names: Collection[str]) -> dict[str, Tensor]:
-    """Parameters, and buffers that are kept, of mixins that were added to what a family made."""
-    kept = model.state_dict().keys()
-    tensors = {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in kept}}
-    return {name: tensor for name, tensor in tensors.items() if name not in own_names}
-
-
-def _allowed(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _shape_problems(
@@ -290,23 +234,6 @@ def _check_duplicates(model: Model, plan: Plan, source: TensorSource) -> None:
             )
 
 
-def _report(kind: str, names: Sequence[str], others: Iterable[str]) -> list[str]:
-    others = list(others)
-    lines = []
-    for group in group_names(names):
-        example = re.sub(r"\{(\d+)[^}]*\}", r"\1", group)
-        lines.append(f"{kind}: {group}.{nearest(example, others)}")
-    return lines
-
-
 def _place(source: TensorSource) -> str:
     names = source.names()
     return source.where(names[0]) if names else "the checkpoint"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`{0..23}` for a run, `{0,2,5}` otherwise, and the number itself when there is one."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    run = numbers[-1] - numbers[0] + 1 == len(numbers)
-    return "{" + (f"{numbers[0]}..{numbers[-1]}" if run else ",".join(map(str, numbers))) + "}"

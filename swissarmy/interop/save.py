@@ -16,7 +16,7 @@ from torch import Tensor
 from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.weight_map import Entry, WeightMap
-from swissarmy.interop.load import MIXINS_FOLDER, added_tensors
+from swissarmy.interop.mixin_folder import write_mixins
 from swissarmy.interop.safe_write import LazyTensor, save_safetensors, write_folder
 from swissarmy.models._family import Source, build_model
 
@@ -34,16 +34,13 @@ def save_pretrained(model: Model, folder: Path) -> None:
     own = {name: parameters[name] for name in parameters if name in source.own_names}
     entries = weight_map.entries(own)
     _check_complete(source, model, parameters)
-    added = {name: tensor.detach() for name, tensor in added_tensors(model, source.own_names).items()}
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     with write_folder(folder) as target:
         values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
         values.pop("torch_dtype", None)  # the old name of dtype
         (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_safetensors(target, _their_tensors(entries, own, weight_map.copies))
-        if added:
-            (target / MIXINS_FOLDER).mkdir()
-            save_safetensors(target / MIXINS_FOLDER, added)
+        write_mixins(model, source, target)
 
 
 def _their_tensors(

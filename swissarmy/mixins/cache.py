@@ -20,6 +20,8 @@ ENCODER_PROJECTIONS = ("cross_attention.key", "cross_attention.value")
 class CachedAutoRegressiveMixin(BaseMixin):
     """Incremental decoding for any causal or encoder-decoder model."""
 
+    keeps_outputs = True
+
     @classmethod
     def suits(cls, config: Any) -> bool:
         """Only a causal part decodes."""

@@ -15,6 +15,8 @@ from swissarmy.core.mixin import BaseMixin
 class HiddenStatesMixin(BaseMixin):
     """Every layer's output, before the final norm; layer 0 also hands on its input, as `embeddings`."""
 
+    keeps_outputs = True
+
     @non_conflict
     def layer_forward(self, hidden_states: Tensor, mask: Any, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Run the layer and leave its result for the caller."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
 
 import torch
 
-from swissarmy.backbone.model import Model
+from swissarmy.backbone.model import Model, every_mixin
 from swissarmy.core.config import Config, report
 from swissarmy.core.errors import ConfigError, nearest
 from swissarmy.core.weight_map import WeightMap
@@ -127,6 +127,8 @@ class Source:
     values: Mapping[str, Any]
     own_names: Mapping[str, torch.Size]
     """The parameters that the family itself made, and their shapes; others belong to mixins added since."""
+    own_mixins: frozenset[str]
+    """The full names of the mixins that the family itself added."""
 
 
 def list_models() -> list[str]:
@@ -160,5 +162,5 @@ def build_model(values: Mapping[str, Any], *, where: str = "config") -> Model:
     config = family.read_config(values, where=where)
     model = family.build(config)
     own_names = {name: parameter.shape for name, parameter in model.named_parameters()}
-    model.source = Source(family, config, dict(values), own_names)
+    model.source = Source(family, config, dict(values), own_names, frozenset(name for name, _ in every_mixin(model)))
     return model

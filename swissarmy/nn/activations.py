@@ -6,6 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def identity(x: Tensor) -> Tensor:
+    """Nothing."""
+    return x
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh approximation (Hendrycks & Gimpel 2016)."""
     return F.gelu(x, approximate="tanh")
@@ -36,5 +41,5 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "selu": F.selu,
     "mish": F.mish,
     "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
+    "linear": identity,
 }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import swissarmy as sat
 from swissarmy.core.errors import CheckpointError, ConfigError, HookConflictError
-from swissarmy.interop.load import group_names
+from swissarmy.interop.matching import group_names
+from swissarmy.testing import tiny_inputs, tiny_model
 from tests.helpers import Scale, rewrite_json, tiny_config, tiny_family_model
 
 WEIGHTS = "model.safetensors"
@@ -527,3 +528,16 @@ def test_loading_never_holds_much_more_than_the_weights(tmp_path: Path, model_ty
 
     assert weights > 290e6
     assert peak(tmp_path / "model") - peak(tiny) <= 1.15 * weights
+
+
+def test_a_mixin_without_parameters_leaves_a_trace_and_loading_without_it_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.add_mixin("alibi", sat.ALiBiMixin.for_model(model))
+    model.add_mixin("record", sat.HiddenStatesMixin())
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(sat.CheckpointError, match=r"saved with 'mixins.alibi' \(ALiBiMixin\)"):
+        sat.load(tmp_path / "saved")
+    restored = sat.load(tmp_path / "saved", mixins={"alibi": sat.ALiBiMixin.for_model(model)})
+    inputs = tiny_inputs(model)
+    assert torch.equal(restored(**inputs)[0], model(**inputs)[0])
+    sat.load(tmp_path / "saved", allow_missing=["mixins.alibi"])
