@@ -233,7 +233,7 @@ class BaseModel(Model):
             raise HookConflictError(
                 f"there is a mixin '{name}' already: choose another name, or del_mixin('{name}') first."
             )
-        if name == type(self).__name__ or hasattr(self.mixins, name):
+        if name == type(self).__name__ or name in dir(nn.ModuleDict):
             raise HookDefinitionError(f"mixin name '{name}' has a meaning of its own: choose another name.")
 
     def _names(self) -> str:

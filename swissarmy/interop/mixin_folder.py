@@ -14,8 +14,8 @@ from swissarmy.backbone.model import Model, every_mixin
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.interop.matching import allowed, assign, report
-from swissarmy.interop.safe_write import save_safetensors
 from swissarmy.interop.safetensors_folder import SafetensorsSource
+from swissarmy.interop.safetensors_write import save_safetensors
 from swissarmy.interop.tensor_source import parse_json_object
 from swissarmy.models._family import Source
 

@@ -17,7 +17,8 @@ from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.mixin_folder import write_mixins
-from swissarmy.interop.safe_write import LazyTensor, save_safetensors, write_folder
+from swissarmy.interop.safe_write import write_folder
+from swissarmy.interop.safetensors_write import LazyTensor, save_safetensors
 from swissarmy.models._family import Source, build_model
 
 

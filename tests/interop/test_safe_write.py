@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from swissarmy.core.errors import CheckpointError
-from swissarmy.interop.safe_write import LazyTensor, leftovers, save_safetensors, verify_manifest, write_folder
+from swissarmy.interop.safe_write import leftovers, verify_manifest, write_folder
 from swissarmy.interop.safetensors_folder import SafetensorsSource
+from swissarmy.interop.safetensors_write import LazyTensor, save_safetensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -369,7 +370,8 @@ import os, resource, signal, sys
 from pathlib import Path
 import torch
 from swissarmy.core.errors import CheckpointError
-from swissarmy.interop.safe_write import leftovers, save_safetensors, verify_manifest, write_folder
+from swissarmy.interop.safe_write import leftovers, verify_manifest, write_folder
+from swissarmy.interop.safetensors_write import save_safetensors
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 
 root, tensors = Path(sys.argv[1]), {f"layers.{i}": torch.full((4096,), float(i)) for i in range(4)}
