@@ -16,13 +16,16 @@ from swissarmy.core.errors import (
 )
 from swissarmy.core.hooks import HookContext, non_conflict, replaceable
 from swissarmy.core.mixin import BaseMixin
-from swissarmy.generation.autoregressive_sampling import fill_sequence
-from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy
-from swissarmy.generation.text import generate, stream
+from swissarmy.generation.autoregressive_sampling import fill_sequence, filling_sequence
+from swissarmy.generation.beam_search import BeamSearchStrategy, gnmt_length_penalty, power_length_penalty
+from swissarmy.generation.perplexity import Perplexity, evaluate_perplexity
+from swissarmy.generation.speculative import GuessingStrategy, PromptLookupStrategy, SpeculativeStrategy
+from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy, TokenStrategy
+from swissarmy.generation.text import Generation, generate, generate_with_logprobs, stream
 from swissarmy.interop.load import AutoModel, load
 from swissarmy.interop.tokenizer import load_tokenizer
 from swissarmy.mixins.alibi import ALiBiMixin
-from swissarmy.mixins.cache import CachedAutoRegressiveMixin
+from swissarmy.mixins.cache import CachedAutoRegressiveMixin, CachedAutoregressiveMixin
 from swissarmy.mixins.embedding_scale import EmbeddingScaleMixin
 from swissarmy.mixins.heads import ClassificationHeadMixin, LMHeadMixin, MLMHeadMixin, NoHeadMixin, PoolerMixin
 from swissarmy.mixins.hidden_states import HiddenStatesMixin
@@ -47,7 +50,9 @@ __all__ = [
     "AutoModel",
     "BaseMixin",
     "BaseModel",
+    "BeamSearchStrategy",
     "CachedAutoRegressiveMixin",
+    "CachedAutoregressiveMixin",
     "Causal",
     "CheckpointError",
     "ClassificationHeadMixin",
@@ -58,7 +63,9 @@ __all__ = [
     "EmbeddingScaleMixin",
     "EncoderDecoderModel",
     "Full",
+    "Generation",
     "GreedyStrategy",
+    "GuessingStrategy",
     "HiddenStatesMixin",
     "HookCallError",
     "HookConflictError",
@@ -76,9 +83,11 @@ __all__ = [
     "NoHeadMixin",
     "Padding",
     "PatchEmbeddingMixin",
+    "Perplexity",
     "PoolerMixin",
     "PrefixLM",
     "PrefixTuningMixin",
+    "PromptLookupStrategy",
     "QKNormMixin",
     "RelativePositionBiasMixin",
     "RopeParameters",
@@ -86,17 +95,24 @@ __all__ = [
     "SamplingStrategy",
     "SlidingWindow",
     "SlidingWindowMixin",
+    "SpeculativeStrategy",
     "Strategy",
     "SwissArmyError",
+    "TokenStrategy",
     "TokenTypesMixin",
     "TokenizerError",
     "TransformerConfig",
+    "evaluate_perplexity",
     "fill_sequence",
+    "filling_sequence",
     "generate",
+    "generate_with_logprobs",
+    "gnmt_length_penalty",
     "list_models",
     "load",
     "load_tokenizer",
     "non_conflict",
+    "power_length_penalty",
     "replaceable",
     "stream",
 ]

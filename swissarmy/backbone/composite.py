@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from swissarmy.backbone.model import BaseModel, Model
+from swissarmy.backbone.model import BaseModel, Model, check_is_mixin
 from swissarmy.core.errors import HookDefinitionError, nearest
 from swissarmy.core.mixin import BaseMixin
 
@@ -40,19 +40,22 @@ class CompositeModel(Model):
         Raises:
             HookConflictError: Some part cannot take it; then no part has it.
         """
-        added: list[BaseModel] = []
+        chosen, added = self._for_parts(name, mixin, part), list[BaseModel]()
         try:
-            for part_name, own in self._for_parts(name, mixin, part).items():
+            for part_name, own in chosen.items():
                 added.append(self.part(part_name).add_mixin(name, own))
-        except ValueError:
-            for model in added:
-                model.del_mixin(name)
-            raise
+        finally:
+            if len(added) < len(chosen):  # one part refused: no part keeps it
+                for model in added:
+                    model.del_mixin(name)
         return self
 
     def get_mixin(self, name: str, part: str | None = None) -> BaseMixin:
-        """The mixin of that name in a part; without `part`, in the first part that has one."""
-        return self.part(part or self._holders(name)[0]).get_mixin(name)
+        """The mixin of that name in a part; `part` may be left out where only one has it."""
+        holders = self._holders(name) if part is None else [part]
+        if len(holders) > 1:
+            raise HookDefinitionError(f"several parts have a mixin '{name}': say part='{holders[0]}' or another.")
+        return self.part(holders[0]).get_mixin(name)
 
     def del_mixin(self, name: str, part: str | None = None) -> None:
         """Remove the mixin from one part, or from every part that has it."""
@@ -69,10 +72,20 @@ class CompositeModel(Model):
             self.part(name).enable_activation_checkpointing(every)
         return self
 
+    @property
+    def mixins(self) -> dict[str, dict[str, BaseMixin]]:
+        """The mixins by name, each as a dict from the parts that have it."""
+        found: dict[str, dict[str, BaseMixin]] = {}
+        for key in self.parts:
+            for name in self.part(key).mixins:
+                found.setdefault(name, {})[key] = self.part(key).get_mixin(name)
+        return found
+
     def _for_parts(
         self, name: str, mixin: BaseMixin | Mapping[str, BaseMixin], part: str | None
     ) -> Mapping[str, BaseMixin]:
-        if isinstance(mixin, BaseMixin):
+        if not isinstance(mixin, Mapping):
+            check_is_mixin(name, mixin)
             if part is not None:
                 return {part: mixin}
             suited = [key for key in self.parts if mixin.suits(self.part(key).config)]

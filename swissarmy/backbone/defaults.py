@@ -20,7 +20,13 @@ def word_embedding_forward(input_ids: Tensor | None, **kw_args: Any) -> Tensor:
     table = kw_args["transformer"].word_embeddings
     if table is None or input_ids is None:
         raise HookCallError("the model needs input_ids [b, s], and a vocabulary to look them up in.")
-    embedded: Tensor = table(input_ids)
+    try:
+        embedded: Tensor = table(input_ids)
+    except IndexError:
+        raise HookCallError(
+            f"input_ids hold ids from {int(input_ids.min())} to {int(input_ids.max())}; "
+            f"this model's vocabulary has {table.num_embeddings}, from 0 on."
+        ) from None
     return embedded
 
 
@@ -156,4 +162,4 @@ def _attend(
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """`[b, s, heads * d]` to `[b, heads, s, d]`."""
-    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads).transpose(1, 2)

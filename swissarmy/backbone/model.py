@@ -33,6 +33,10 @@ class Natural(Enum):
 NATURAL: Final = Natural.MASK
 
 
+OWN_KEYWORDS = ("input_ids", "position_ids", "attention_mask", "padding_mask", "mems", "logits_to_keep")
+"""What every call accepts, beside the keywords of the hooks."""
+
+
 class Model(nn.Module, ABC):
     """What a plain model and a model of parts have in common."""
 
@@ -139,9 +143,11 @@ class BaseModel(Model):
             What `final_forward` gives (logits `[b, s, vocab]`), then for each layer the dict that its hooks wrote.
         """
         self._check_keywords(kw_args)
+        _check_inputs(input_ids, mems, logits_to_keep, self.config)
         call = {**kw_args, "input_ids": input_ids, "padding_mask": padding_mask, "mems": mems}
         if self.config.cross_attention:
             call["cross_attention_mask"] = as_mask(call.get("cross_attention_mask"))
+        remembered = 0 if mems is None else len(mems)
         result = self.transformer(
             position_ids,
             self._mask(attention_mask, padding_mask),
@@ -149,6 +155,8 @@ class BaseModel(Model):
             call,
             checkpoint_every=self.checkpoint_every,
         )
+        if mems is not None and len(mems) == remembered:
+            raise HookCallError("mems was given and no mixin wrote to it: add sat.CachedAutoRegressiveMixin().")
         kept = result.hidden_states if logits_to_keep is None else result.hidden_states[:, -logits_to_keep:]
         return self.hooks.final_forward(kept, **result.kw_args), *result.outputs_per_layers
 
@@ -202,7 +210,16 @@ class BaseModel(Model):
         return self
 
     def for_decoding(self, **kw_args: Any) -> tuple["BaseModel", dict[str, Any]]:
-        """The model that decodes, and what it is called with in each step: itself, and what was given."""
+        """The model that decodes, and what it is called with in each step: itself, and what was given.
+
+        Raises:
+            HookCallError: The model is not causal, so it cannot continue a text.
+        """
+        if not self.config.causal:
+            name = type(self).__name__ if self.source is None else self.source.config.architecture
+            raise HookCallError(
+                f"{name} is not causal and continues no text: load a causal model, or fill masks with model(input_ids)."
+            )
         return self, kw_args
 
     def find_mixin(self, kind: type[BaseMixin]) -> str | None:
@@ -217,24 +234,32 @@ class BaseModel(Model):
     def _check_keywords(self, kw_args: Mapping[str, Any]) -> None:
         unknown = [key for key in kw_args if key not in self.accepted]
         if unknown:
-            accepted = ", ".join(sorted(self.accepted)) or "none"
+            accepted = sorted({*self.accepted, *OWN_KEYWORDS})
             raise HookCallError(
                 f"no hook of this model accepts the keyword '{unknown[0]}'."
-                f"{nearest(unknown[0], self.accepted)} Accepted: {accepted}. A mixin accepts a keyword by naming it "
-                "in a hook's signature or in `accepts`."
+                f"{nearest(unknown[0], accepted)} Accepted: {', '.join(accepted)}. "
+                "A mixin accepts a keyword by naming it in a hook's signature or in `accepts`."
             )
 
     def _check_new(self, name: str, mixin: BaseMixin) -> None:
-        if not isinstance(mixin, BaseMixin):
-            raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
+        check_is_mixin(name, mixin)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise HookDefinitionError(f"mixin name {name!r}: use letters, digits, '_' and '-' only.")
         if name in self.mixins:
             raise HookConflictError(
                 f"there is a mixin '{name}' already: choose another name, or del_mixin('{name}') first."
             )
-        if name == type(self).__name__ or name in dir(nn.ModuleDict):
+        if name == type(self).__name__ or name in dir(self.mixins):
             raise HookDefinitionError(f"mixin name '{name}' has a meaning of its own: choose another name.")
+        twin = next((other for other, own in self.mixins.items() if own is mixin), None)
+        if twin is not None:
+            raise HookConflictError(f"'{name}' is the very mixin that is here as '{twin}': make another one.")
+        layers = mixin._modules.get("layers")
+        if isinstance(layers, nn.ModuleList) and len(layers) != self.config.num_layers:
+            raise HookDefinitionError(
+                f"mixin '{name}' has {len(layers)} layers and the model {self.config.num_layers}: "
+                f"{type(mixin).__name__}.for_model(model, ...) fills in the sizes."
+            )
 
     def _names(self) -> str:
         return f"The model has: {', '.join(self.mixins) or 'no mixins'}."
@@ -258,6 +283,38 @@ class BaseModel(Model):
         """Restore, and resolve the hooks of the copy."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._resolve()
+
+
+def check_is_mixin(name: str, mixin: object) -> None:
+    """Refuse what is no mixin, and a class in place of one.
+
+    Raises:
+        HookDefinitionError: With what to write instead.
+    """
+    if isinstance(mixin, type) and issubclass(mixin, BaseMixin):
+        raise HookDefinitionError(
+            f"mixin '{name}' is the class {mixin.__name__}; add an instance: {mixin.__name__}.for_model(model, ...)."
+        )
+    if not isinstance(mixin, BaseMixin):
+        raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
+
+
+def _check_inputs(
+    input_ids: Tensor | None, mems: KVCache | None, logits_to_keep: int | None, config: TransformerConfig
+) -> None:
+    """What can be said of a call from types and shapes alone."""
+    if input_ids is not None:
+        if not isinstance(input_ids, Tensor):
+            raise HookCallError(f"input_ids is a {type(input_ids).__name__}; it is a tensor [b, s] of token ids.")
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise HookCallError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; it is [b, s], of token ids.")
+    if mems is not None and not (isinstance(mems, KVCache) and mems.num_layers == config.num_layers):
+        have = f"a cache of {mems.num_layers} layers" if isinstance(mems, KVCache) else f"a {type(mems).__name__}"
+        raise HookCallError(
+            f"mems is {have}; this model needs sat.KVCache({config.num_layers}), or KVCache.from_mems(tensor, ...)."
+        )
+    if logits_to_keep is not None and logits_to_keep < 1:
+        raise HookCallError(f"logits_to_keep={logits_to_keep} must be at least 1; leave it out to keep all.")
 
 
 def iterate_models(model: Model) -> Iterator[tuple[str, BaseModel]]:

@@ -43,7 +43,9 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter's name, or a dotted start of it, matches a pattern with `*`."""
+    """Whether a parameter's name, or a dotted start of it, matches a pattern with `*`; inside a part as well."""
+    if name.startswith("parts.") and matches(name.split(".", 2)[2], pattern):
+        return True
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 

@@ -79,8 +79,9 @@ class Transformer(nn.Module):
         hidden_states, for_all_layers = self._embed(position_ids, hooks, kw_args)
         kw_args = _merged(kw_args, for_all_layers, Outputs("the call's keyword"))
         layer_kw_args, outputs_per_layers = kw_args, []
+        recompute = checkpoint_every > 0 and kw_args["mems"] is None and torch.is_grad_enabled()
         for layer_id, layer in enumerate(self.layers):
-            if checkpoint_every and layer_id % checkpoint_every == 0 and torch.is_grad_enabled():
+            if recompute and layer_id % checkpoint_every == 0:
                 result = checkpoint(layer, hidden_states, mask, hooks, layer_kw_args, use_reentrant=False)
             else:
                 result = layer(hidden_states, mask, hooks, layer_kw_args)

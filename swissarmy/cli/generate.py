@@ -1,83 +1,78 @@
 """`sat generate`: continue texts."""
 
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import tyro
 
 from swissarmy.cli import output
-from swissarmy.cli.command import DONE, CheckpointPath, Command, Options, UsageError
-from swissarmy.core.errors import CheckpointError, ConfigError
+from swissarmy.cli.command import DONE, Command, UsageError
+from swissarmy.cli.loading import decode_text, load_model, outline_of_generator, read_text
+from swissarmy.cli.sampling import SamplingOptions
+from swissarmy.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from swissarmy.backbone.model import Model
     from swissarmy.data.tokenizer import Tokenizer
-    from swissarmy.generation.strategies import Strategy
+    from swissarmy.generation.text import Generation
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Options):
+class GenerateOptions(SamplingOptions):
     """What `sat generate` takes."""
 
-    path: CheckpointPath
-    """A Hugging Face folder, a .gguf file, or the name of a model on the hub."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text to continue; - reads standard input. Give several for a batch."""
     prompt_file: Path | None = None
     """A file whose whole text is one more prompt."""
     max_new_tokens: int = 64
     """The most tokens that each prompt gets."""
-    temperature: float | None = None
-    """Draw tokens, below 1 sharper and above 1 flatter. Without this, top-k, top-p and seed: the likeliest token."""
-    top_k: int | None = None
-    """Draw only from so many likeliest tokens."""
-    top_p: float | None = None
-    """Draw only from the likeliest tokens that together reach this probability."""
-    seed: int | None = None
-    """Makes the draws repeatable."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The precision of the weights; as stored when left out (float32 for GGUF)."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A text that ends the answer, and is not printed. Several may be given."""
+    max_time: float | None = None
+    """Seconds after which a batch gets no further token."""
+    batch_size: int | None = None
+    """How many prompts are continued at a time; all when left out."""
     stream: bool = True
     """Print the text of a single prompt as it comes."""
+    progress: bool = True
+    """Show a bar on standard error while several batches run, if that is a terminal."""
     json: bool = False
-    """Print a JSON object for each prompt instead."""
+    """Print a JSON object for each prompt instead, with its tokens and their log-probabilities."""
 
     def problems(self) -> Iterator[str]:
         """Values outside their ranges."""
         if self.max_new_tokens < 1:
             yield f"--max-new-tokens {self.max_new_tokens} must be at least 1"
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            yield f"--temperature {self.temperature} must be above 0; for the likeliest token leave it out"
-        if self.top_k is not None and self.top_k < 1:
-            yield f"--top-k {self.top_k} must be at least 1"
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            yield f"--top-p {self.top_p} must be above 0 and at most 1"
+        yield from super().problems()
         if self.prompt.count("-") > 1:
             yield "--prompt -: standard input can be read only once"
+        if "" in self.stop:
+            yield "--stop: an empty text would end every answer before it begins"
+        if self.max_time is not None and not self.max_time > 0:
+            yield f"--max-time {self.max_time} must be above 0 seconds"
+        if self.batch_size is not None and self.batch_size < 1:
+            yield f"--batch-size {self.batch_size} must be at least 1"
 
 
 def run(options: GenerateOptions) -> int:
     """Check everything that can be checked without the weights, load them, generate."""
     prompts = read_prompts(options)
-    from swissarmy.cli.outline import outline
     from swissarmy.interop.tokenizer import load_tokenizer
 
-    found = outline(options.path)
-    if found.misfit is not None:
-        raise CheckpointError(found.misfit)
-    check_generates(found.model, options.path)
+    outlined = outline_of_generator(options.path)
     tokenizer = load_tokenizer(options.path)
-    check_lengths(found.model, tokenizer, prompts, options.max_new_tokens)
-    model = _load(options)
-    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "strategy": _strategy(options)}
-    _print_texts(model, tokenizer, prompts, options, settings)
+    check_lengths(outlined, tokenizer, prompts, options.max_new_tokens)
+    model = load_model(options.path, dtype=options.dtype, device=options.device)
+    if options.stream and len(prompts) == 1 and not options.json:
+        _stream(model, tokenizer, prompts[0], options)
+    else:
+        for index, made in enumerate(_generations(model, tokenizer, prompts, options)):
+            _print(prompts, index, made, tokenizer, options)
     return DONE
 
 
@@ -89,10 +84,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
     """
     prompts = [_standard_input() if prompt == "-" else _argument(prompt) for prompt in options.prompt]
     if options.prompt_file is not None:
-        try:
-            prompts.append(_text(options.prompt_file.read_bytes(), str(options.prompt_file)))
-        except OSError as error:
-            raise UsageError(f"--prompt-file {options.prompt_file}: {error.strerror}") from error
+        prompts.append(_text(read_text(options.prompt_file, "--prompt-file"), str(options.prompt_file)))
     if not prompts:
         raise UsageError(
             "there is no prompt: give --prompt TEXT, --prompt-file FILE, or --prompt - and a text on stdin."
@@ -101,22 +93,6 @@ def read_prompts(options: GenerateOptions) -> list[str]:
         if not prompt:
             raise UsageError(f"prompt {index + 1} is empty: give some text to continue.")
     return prompts
-
-
-def check_generates(model: "Model", path: str) -> None:
-    """Refuse encoders, and heads that give no logits over the vocabulary.
-
-    Raises:
-        ConfigError: The checkpoint cannot generate.
-    """
-    from swissarmy.backbone.model import iterate_models
-    from swissarmy.mixins.heads import ClassificationHeadMixin, NoHeadMixin
-
-    *_, (_, decoder) = iterate_models(model)
-    if decoder.config.causal and not any(decoder.find_mixin(kind) for kind in (ClassificationHeadMixin, NoHeadMixin)):
-        return
-    name = f"{path}: {model.source.config.architecture}"
-    raise ConfigError(f"{name} does not generate text: it is an encoder, or its head does not say what comes next.")
 
 
 def check_lengths(model: "Model", tokenizer: "Tokenizer", prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -143,43 +119,61 @@ def check_lengths(model: "Model", tokenizer: "Tokenizer", prompts: Sequence[str]
             )
 
 
-def _load(options: GenerateOptions) -> "Model":
-    import torch
-
-    from swissarmy.interop.load import load
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; leave it out to run on the CPU.")
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    with output.console(stderr=True).status(f"loading {options.path}"):
-        return load(options.path, dtype=dtype, device=options.device)
+def _settings(options: GenerateOptions, *, first_row: int = 0) -> dict[str, Any]:
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "strategy": options.strategy(first_row=first_row),
+        "stop": options.stop,
+        "max_time": options.max_time,
+    }
 
 
-def _strategy(options: GenerateOptions) -> "Strategy":
-    from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy
+def _stream(model: "Model", tokenizer: "Tokenizer", prompt: str, options: GenerateOptions) -> None:
+    from swissarmy.generation.text import stream
 
-    given = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p, "seed": options.seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    return SamplingStrategy(**given) if given else GreedyStrategy()  # type: ignore[arg-type]
+    for piece in stream(model, tokenizer, prompt, **_settings(options)):
+        print(piece, end="", flush=True)
+    print()
 
 
-def _print_texts(
-    model: "Model", tokenizer: "Tokenizer", prompts: Sequence[str], options: GenerateOptions, settings: dict[str, Any]
-) -> None:
-    from swissarmy.generation.text import generate, stream
+def _generations(
+    model: "Model", tokenizer: "Tokenizer", prompts: Sequence[str], options: GenerateOptions
+) -> Iterator["Generation"]:
+    """Each prompt's text, batch after batch; log-probabilities only where they are asked for."""
+    from swissarmy.generation.text import Generation, generate, generate_with_logprobs
 
-    if options.stream and len(prompts) == 1 and not options.json:
-        for piece in stream(model, tokenizer, prompts[0], **settings):
-            print(piece, end="", flush=True)
-        print()
-        return
-    for index, (prompt, text) in enumerate(zip(prompts, generate(model, tokenizer, prompts, **settings), strict=True)):
+    size = options.batch_size or len(prompts)
+    starts = range(0, len(prompts), size)
+    for start in _with_bar(starts, options.progress and len(starts) > 1):
+        batch, settings = prompts[start : start + size], _settings(options, first_row=start)
         if options.json:
-            output.print_json({"prompt": prompt, "text": text})
-        elif len(prompts) == 1:
-            print(text)
+            yield from generate_with_logprobs(model, tokenizer, batch, **settings)
         else:
-            print(f"{'' if index == 0 else chr(10)}> {prompt}\n{text}")
+            yield from (Generation(text, [], [], "end") for text in generate(model, tokenizer, batch, **settings))
+
+
+def _with_bar(starts: Sequence[int], wanted: bool) -> Iterable[int]:
+    """The same numbers; a bar on standard error, if that is a terminal, shows how many are done."""
+    from rich.progress import track
+
+    console = output.console(stderr=True)
+    return track(starts, "generating", console=console, disable=not (wanted and console.is_terminal), transient=True)
+
+
+def _print(
+    prompts: Sequence[str], index: int, made: "Generation", tokenizer: "Tokenizer", options: GenerateOptions
+) -> None:
+    if options.json:
+        tokens = [
+            {"id": token, "text": tokenizer.decode([token]), "logprob": logprob}
+            for token, logprob in zip(made.tokens, made.logprobs, strict=True)
+        ]
+        reason = {"finish_reason": made.finish_reason}
+        output.print_json({"prompt": prompts[index], "text": made.text, **reason, "tokens": tokens})
+    elif len(prompts) == 1:
+        print(made.text)
+    else:
+        print(f"{'' if index == 0 else chr(10)}> {prompts[index]}\n{made.text}", flush=True)
 
 
 def _argument(prompt: str) -> str:
@@ -197,10 +191,7 @@ def _standard_input() -> str:
 
 def _text(data: bytes, place: str) -> str:
     """UTF-8 text without its last line break."""
-    try:
-        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{place}: not valid UTF-8 at byte {error.start}.") from error
+    return decode_text(data, place).removesuffix("\n").removesuffix("\r")
 
 
 COMMAND = Command(
@@ -211,6 +202,6 @@ COMMAND = Command(
         "cat story.txt | sat generate ./my-model --prompt - --json",
     ),
     options=GenerateOptions,
-    repeatable=("--prompt",),
+    repeatable=("--prompt", "--stop"),
     run=run,
 )

@@ -14,7 +14,7 @@ from swissarmy.cli.arguments import parse
 from swissarmy.cli.command import DONE, FAILED, INTERRUPTED, USAGE, Command, UsageError
 from swissarmy.core.errors import SwissArmyError, nearest
 
-COMMANDS = ("models", "info", "generate")
+COMMANDS = ("models", "info", "generate", "chat", "eval")
 """Each is a file of this folder."""
 
 PROMISE = "sat: load any supported Transformer checkpoint, look inside it, and generate with it."

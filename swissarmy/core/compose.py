@@ -122,35 +122,38 @@ def _answer(hook: str, link: Link) -> Hook:
 
 
 def _wrap(hook: str, link: Link, inner: Hook) -> Hook:
-    """The link's wrapper around `inner`."""
+    """The link's wrapper around `inner`.
+
+    What the wrapper calls as `old_impl` knows the keywords of the call: they reach the inner links even where the
+    wrapper names one in its signature, or passes none on; those it does pass replace them.
+    """
     spec, method = HOOKS[hook], link.method
-    if hook == "attention_fn" and link.mark.stage == "transform":
-
-        def transform(*arguments: Any, **kw_args: Any) -> Any:
-            keys = spec.argument(1, arguments, kw_args)
-            return method(*arguments, old_impl=_keeps_keys(link.owner, keys, inner), **kw_args)
-
-        return _answer(hook, Link(link.owner, transform, link.mark))
+    by_position = (*spec.arguments, *spec.options)
+    keeps_keys = hook == "attention_fn" and link.mark.stage == "transform"
 
     def wrap(*arguments: Any, **kw_args: Any) -> Any:
-        return method(*arguments, old_impl=inner, **kw_args)
+        num_keys = spec.argument(1, arguments, kw_args).shape[2] if keeps_keys else None
+
+        def old_impl(*again: Any, **changed: Any) -> Any:
+            if num_keys is not None:
+                _check_keys(link.owner, num_keys, spec.argument(1, again, changed), kw_args)
+            named = {**kw_args, **changed}
+            for name in by_position[: len(again)]:
+                named.pop(name, None)
+            return inner(*again, **named)
+
+        return method(*arguments, old_impl=old_impl, **kw_args)
 
     return _answer(hook, Link(link.owner, wrap, link.mark))
 
 
-def _keeps_keys(owner: str, keys: Tensor, inner: Hook) -> Hook:
-    """`inner`, for a wrapper that may change keys and not their number."""
-    expected = keys.shape[2]
-
-    def call(q: Tensor, k: Tensor, *arguments: Any, **kw_args: Any) -> Any:
-        if k.shape[2] != expected:
-            raise HookCallError(
-                f"{_place('attention_fn', owner, kw_args)} turned {expected} keys into {k.shape[2]} in the "
-                'stage "transform"; declare @non_conflict(stage="extend") to add keys.'
-            )
-        return inner(q, k, *arguments, **kw_args)
-
-    return call
+def _check_keys(owner: str, expected: int, keys: Tensor, kw_args: Mapping[str, Any]) -> None:
+    """A wrapper that transforms may change keys and not their number."""
+    if keys.shape[2] != expected:
+        raise HookCallError(
+            f"{_place('attention_fn', owner, kw_args)} turned {expected} keys into {keys.shape[2]} in the "
+            'stage "transform"; declare @non_conflict(stage="extend") to add keys.'
+        )
 
 
 def _sign_outputs(kw_args: dict[str, Any], owner: str) -> None:

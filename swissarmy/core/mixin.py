@@ -35,6 +35,11 @@ class BaseMixin(nn.Module):
         check_hook_methods(cls)
         check_accepts(cls, cls.accepts)
 
+    @property
+    def first_position(self) -> int:
+        """The position of a row's first token, as this mixin wants `position_ids` to count."""
+        return 0
+
     @classmethod
     def for_model(cls, model: MixinHost, **options: Any) -> Any:
         """The mixin with its sizes filled in from a model; for a model of parts, one for each that it suits.

@@ -5,19 +5,21 @@ every column after it is generated in one step for all rows. Shapes: b rows, c c
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import HookCallError
+from swissarmy.generation.grid import GAP, Grid, put_back, rows_of_padded
+from swissarmy.generation.perplexity import evaluate_perplexity
+from swissarmy.generation.step_inputs import LogAttentionWeightsMixin, MasksAndPositions, StepInputs
 from swissarmy.generation.strategies import GreedyStrategy, Strategy
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin
 from swissarmy.nn.kv_cache import KVCache
 
-GAP = -1
-"""In a sequence: a token to be generated. In a result: a position after a row's end."""
+__all__ = ["GAP", "Grid", "evaluate_perplexity", "fill_sequence", "filling_sequence", "steps", "with_cache"]
 
 
 def fill_sequence(
@@ -26,7 +28,10 @@ def fill_sequence(
     batch_size: int = 1,
     *,
     strategy: Strategy | None = None,
+    max_memory_length: int | None = None,
     mems: Tensor | None = None,
+    log_attention_weights: Tensor | None = None,
+    get_masks_and_position_ids: MasksAndPositions | None = None,
     **kw_args: Any,
 ) -> tuple[Tensor, Tensor]:
     """Generate every `-1` in sequences; given tokens stay, wherever they stand.
@@ -34,129 +39,180 @@ def fill_sequence(
     Args:
         model: A causal model, or an encoder-decoder (then `input_ids=` is its source and `seq` the target).
         seq: Token ids `[len]` or `[b, len]`, or a list of `[len]` of any lengths; each row begins with a given token.
+            A batch `[b, len]` may be padded, left or right: `padding_mask=[b, len]` is 1 at its tokens and gaps.
         batch_size: How many rows to make of a single sequence.
         strategy: Chooses the tokens; greedy when omitted.
-        mems: What an earlier call returned, for sequences of one length that begin with the same tokens.
+        max_memory_length: How many positions are remembered: each token sees itself and so many before it, in the
+            prefill as in every step. All when omitted.
+        mems: What an earlier call returned, for sequences of one length that begin with the same tokens. When it holds
+            `max_memory_length` positions, these are the ones right before the last token in front of the first gap.
+        log_attention_weights: Added to the scores of self-attention in every layer; broadcasts to
+            `[b, heads, len, len]`, queries by keys.
+        get_masks_and_position_ids: Gives the attention mask and the position ids of the sequences, for models that see
+            their prompt in both directions. It is called with `seq` if that is `[len]`, else with `[b, len]`, -1 after
+            each row's end; the mask covers the whole length (a mask, or a tensor with 1 = visible), the position ids
+            are `[b|1, len]` or, for models with two rows of positions, `[b|1, 2, len]`. Either may be `None`.
         **kw_args: For the model, in every step.
 
     Returns:
-        Tokens `[b, len]` (int64, -1 after a row's end), and `mems` `[num_layers, b, mem_len, 2 * kv_heads * head_dim]`.
+        Tokens `[n, len]` (int64, -1 after a row's end), and `mems` `[num_layers, n, mem_len, 2 * kv_heads * head_dim]`;
+        n is b, or several times b for a strategy that returns several sequences of each row.
 
     Raises:
-        HookCallError: A row that begins with a gap or is empty, or `mems` that leave no token to go on from.
+        HookCallError: A row that begins with a gap or is empty, `mems` that leave no token to go on from, or a mask,
+            position ids or weights that do not cover the sequences.
     """
     strategy = strategy or GreedyStrategy()
-    grid = Grid.of(seq, batch_size, model.device)
-    tokens, cache = grid.tokens[:, :0], None
-    for step in steps(model, grid, strategy, mems=mems, **kw_args):
-        tokens, cache = step
-    if cache is None:
-        raise HookCallError("there is nothing to generate and nothing to read: the sequences are empty.")
-    tokens, cache = strategy.finalize(tokens, cache)
-    return grid.unshift(tokens), cache.to_mems()
+    padding = None if model.parts else kw_args.pop("padding_mask", None)
+    grid = Grid.of(seq if padding is None else rows_of_padded(seq, padding), batch_size, model.device)
+    with torch.no_grad():
+        run = _Run(
+            model,
+            grid,
+            kw_args,
+            mems=mems,
+            max_memory_length=max_memory_length,
+            log_attention_weights=log_attention_weights,
+            get_masks_and_position_ids=get_masks_and_position_ids,
+            seq=seq.to(model.device) if isinstance(seq, Tensor) and seq.dim() == 1 else None,
+        )
+        for _ in run.steps(strategy):
+            pass
+        tokens = run.finish(strategy)
+    if padding is not None:
+        assert isinstance(seq, Tensor)
+        tokens = put_back(tokens, seq, padding)
+    return tokens, run.cache.to_mems()
 
 
-class Grid(NamedTuple):
-    """Rows shifted so that their first gaps stand in one column."""
-
-    tokens: Tensor
-    """`[b, c]`: ids >= 0 are given, -1 is generated, 0 stands where a row has not begun or is over."""
-    shifts: Tensor
-    """`[b]`: how many columns each row was shifted."""
-    lengths: Tensor
-    """`[b]`: how many tokens each row has."""
-
-    @classmethod
-    def of(cls, seq: Tensor | Sequence[Tensor], batch_size: int, device: torch.device) -> "Grid":
-        """Arrange sequences."""
-        rows = [row.to(device) for row in _rows(seq, batch_size)]
-        contexts = [_context(row, index) for index, row in enumerate(rows)]
-        shifts = [max(contexts) - context for context in contexts]
-        width = max(shift + len(row) for shift, row in zip(shifts, rows, strict=True))
-        tokens = torch.zeros(len(rows), width, dtype=torch.long, device=device)
-        for index, (shift, row) in enumerate(zip(shifts, rows, strict=True)):
-            tokens[index, shift : shift + len(row)] = row
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        return cls(tokens, torch.tensor(shifts, device=device), lengths)
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether some row was shifted."""
-        return bool((self.shifts > 0).any())
-
-    def unshift(self, tokens: Tensor) -> Tensor:
-        """Tokens `[b, c]` as rows that begin at column 0, -1 after each one's end."""
-        result = torch.full((len(tokens), int(self.lengths.max())), GAP, dtype=torch.long, device=tokens.device)
-        for index, (shift, length) in enumerate(zip(self.shifts.tolist(), self.lengths.tolist(), strict=True)):
-            row = tokens[index, shift : shift + length]
-            result[index, : len(row)] = row
-        return result
-
-    def where(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Positions and padding of columns `start` to `stop`, for the model; nothing when no row was shifted."""
-        if not self.is_ragged:
-            return {}
-        columns = torch.arange(stop, device=self.shifts.device)
-        positions = (columns[None, start:] - self.shifts[:, None]).clamp(min=0)
-        return {"position_ids": positions, "padding_mask": columns[None] >= self.shifts[:, None]}
+filling_sequence = fill_sequence
 
 
 def steps(
     model: Model, grid: Grid, strategy: Strategy, *, mems: Tensor | None = None, **kw_args: Any
 ) -> Iterator[tuple[Tensor, KVCache]]:
-    """Yield the tokens so far `[b, c]` and the cache, after each column is chosen."""
+    """Yield the tokens so far `[b, c]`, -1 where a row has none, and the cache, after each column is chosen."""
     with torch.no_grad():
+        yield from _Run(model, grid, kw_args, mems=mems).steps(strategy)
+
+
+@final
+class _Run:
+    """One generation: the model with its cache, and how far it has come."""
+
+    def __init__(
+        self,
+        model: Model,
+        grid: Grid,
+        kw_args: dict[str, Any],
+        *,
+        mems: Tensor | None = None,
+        max_memory_length: int | None = None,
+        **options: Any,
+    ) -> None:
         decoder, step_kw_args = model.for_decoding(**kw_args)
-        decoder = _with_cache(decoder)
-        gaps = (grid.tokens == GAP).any(dim=0).nonzero().flatten().tolist()
-        cache = _start(decoder, grid, mems, capacity=grid.tokens.shape[1])
-        strategy.reset(len(grid.tokens), grid.tokens.device)
-        tokens, fed = grid.tokens[:, : gaps[0] if gaps else None], len(cache)
-        for index, column in enumerate(gaps):
-            if fed >= column:
-                raise HookCallError(
-                    f"mems hold {fed} positions and the first gap is at {column}: nothing is left to read."
-                )
-            logits = decoder(
-                tokens[:, fed:column], mems=cache, logits_to_keep=1, **grid.where(fed, column), **step_kw_args
-            )[0][:, -1]
-            fed = column
-            grown, cache = strategy.forward(logits, tokens, cache)
-            following = grid.tokens[:, column + 1 : gaps[index + 1] if index + 1 < len(gaps) else None]
-            given = grid.tokens[:, column]
-            chosen = torch.where(given == GAP, grown[:, -1], given)
-            tokens = torch.cat((grown[:, :-1], chosen[:, None], following), dim=1)
-            yield tokens, cache
+        self.grid = grid
+        self.given = StepInputs.of(grid, step_kw_args, max_memory_length=max_memory_length, **options)
+        self.inputs = self.given
+        self.decoder = with_cache(decoder)
+        if self.inputs.log_attention_weights is not None:
+            self.decoder = self.decoder.with_mixin("log-attention-weights", LogAttentionWeightsMixin())
+        self.columns = grid.gaps.any(dim=0).tolist()
+        self.memory = max_memory_length
+        width = grid.tokens.shape[1]
+        self.cache = _start(self.decoder, grid, mems, capacity=width)
+        first_gap = self._next_gap(0)
+        self.tokens = grid.known[:, :first_gap]
+        self.fed = len(self.cache)
+        if self.memory is not None and self.fed >= self.memory:
+            self.cache.keep_newest(self.memory)
+            self.fed = first_gap - 1
+        if self.fed >= first_gap:
+            raise HookCallError(
+                f"mems hold {self.fed} positions and the first gap is at {first_gap}: nothing is left to read."
+            )
+
+    def steps(self, strategy: Strategy) -> Iterator[tuple[Tensor, KVCache]]:
+        """Yield tokens and cache after each column; a strategy's guesses are read along and kept if they come true."""
+        width = self.grid.tokens.shape[1]
+        strategy.reset(len(self.tokens), self.tokens.device, self.grid.gaps)
+        if self.tokens.shape[1] == width:
+            self._feed(self.tokens[:, self.fed :])
+            self._remember(0)
+            yield self.tokens, self.cache
+        while self.tokens.shape[1] < width:
+            guesses = self._guesses(strategy)
+            known = self.tokens.shape[1]
+            logits = self._feed(torch.cat((self.tokens[:, self.fed :], guesses), dim=1), keep=guesses.shape[1] + 1)
+            for index in range(guesses.shape[1] + 1):
+                if self.columns[known + index]:
+                    self._settle(*strategy.forward(logits[:, index], self.tokens, self.cache))
+                    yield self.tokens, self.cache
+                else:
+                    self._append_given(known + index + 1)
+                came_true = index < guesses.shape[1] and torch.equal(self.tokens[:, -1], guesses[:, index])
+                if strategy.is_done or not came_true:
+                    break
+            self._remember(known + guesses.shape[1] - (self.tokens.shape[1] - 1))
             if strategy.is_done:
                 return
-        if not gaps:
-            decoder(tokens[:, fed:], mems=cache, logits_to_keep=1, **grid.where(fed, tokens.shape[1]), **step_kw_args)
-            yield tokens, cache
+            self._append_given(self._next_gap(self.tokens.shape[1]))
+
+    def finish(self, strategy: Strategy) -> Tensor:
+        """The strategy's result as rows `[n, len]`; what it forgot is read again."""
+        tokens, self.cache = strategy.finalize(self.tokens, self.cache)
+        self._repeat_for(len(tokens))
+        if not len(self.cache):
+            self.fed = 0
+            self._feed(tokens[:, :-1])
+            self._remember(0)
+        return self.grid.unshift(torch.cat((tokens, self.grid.known[:, tokens.shape[1] :]), dim=1))
+
+    def _feed(self, tokens: Tensor, *, keep: int = 1) -> Tensor:
+        """Read columns; logits of the last `keep`, `[b, keep, vocab]`."""
+        stop = self.fed + tokens.shape[1]
+        call = self.inputs.at(self.decoder, self.fed, stop, len(self.cache))
+        logits: Tensor = self.decoder(tokens.clamp(min=0), mems=self.cache, logits_to_keep=keep, **call)[0]
+        self.fed = stop
+        return logits
+
+    def _settle(self, grown: Tensor, cache: KVCache) -> None:
+        """Take over what a strategy chose, but for rows whose next token is given or that are over."""
+        self._repeat_for(len(grown))
+        column = grown.shape[1] - 1
+        chosen = torch.where(self.grid.gaps[:, column], grown[:, -1], self.grid.known[:, column])
+        self.tokens, self.cache = torch.cat((grown[:, :-1], chosen[:, None]), dim=1), cache
+
+    def _repeat_for(self, rows: int) -> None:
+        """A strategy made several rows of each, or has come down to fewer of them."""
+        if rows != len(self.grid.tokens):
+            self.inputs = self.given.repeated(rows // len(self.given.grid.tokens))
+            self.grid = self.inputs.grid
+
+    def _append_given(self, stop: int) -> None:
+        self.tokens = torch.cat((self.tokens, self.grid.known[:, self.tokens.shape[1] : stop]), dim=1)
+
+    def _remember(self, surplus: int) -> None:
+        """Forget guesses that did not come true, and what is too old."""
+        if surplus:
+            self.cache.trim(surplus)
+            self.fed -= surplus
+        if self.memory is not None:
+            self.cache.keep_newest(self.memory)
+
+    def _guesses(self, strategy: Strategy) -> Tensor:
+        """What to read along, `[b, guessed]`; given tokens take their places, and no guess goes past the last gap."""
+        start, last = self.tokens.shape[1], len(self.columns) - 1 - self.columns[::-1].index(True)
+        guesses = strategy.propose(self.tokens)[:, : last - start]
+        span = slice(start, start + guesses.shape[1])
+        return torch.where(self.grid.gaps[:, span], guesses, self.grid.known[:, span])
+
+    def _next_gap(self, start: int) -> int:
+        """The first column from `start` on in which something is generated."""
+        return start + [*self.columns[start:], True].index(True)
 
 
-def _rows(seq: Tensor | Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    rows = [seq] if isinstance(seq, Tensor) and seq.dim() == 1 else list(seq)
-    if len(rows) == 1:
-        rows = rows * batch_size
-    elif batch_size not in (1, len(rows)):
-        raise HookCallError(f"batch_size={batch_size} and {len(rows)} sequences: leave batch_size out for a batch.")
-    if not rows or any(row.dim() != 1 for row in rows):
-        raise HookCallError("seq is one sequence [len], a batch [b, len], or a list of sequences [len].")
-    return rows
-
-
-def _context(row: Tensor, index: int) -> int:
-    """How many given tokens come before the first gap."""
-    gaps = (row == GAP).nonzero()
-    context = int(gaps[0]) if len(gaps) else len(row)
-    if context == 0:
-        raise HookCallError(f"row {index} is empty or begins with a gap: give at least one token to go on from.")
-    if bool((row < GAP).any()):
-        raise HookCallError(f"row {index} holds {int(row.min())}: ids are >= 0, and -1 stands for a gap.")
-    return context
-
-
-def _with_cache(model: BaseModel) -> BaseModel:
+def with_cache(model: BaseModel) -> BaseModel:
     """The model itself if it has a cache mixin, else a view of it that does."""
     if model.find_mixin(CachedAutoRegressiveMixin) is not None:
         return model

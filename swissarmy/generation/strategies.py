@@ -1,28 +1,66 @@
 """Strategies: how the next token of each row is chosen.
 
-Shapes: b rows, n tokens so far.
+Shapes: b rows, n tokens so far, c columns in all.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Self, final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Self, TypedDict, Unpack, final
 
 import torch
 from torch import Tensor
 
-from swissarmy.core.errors import HookCallError
-from swissarmy.generation.processors import LogitsProcessor, temperature, top_k, top_p
+from swissarmy.core.errors import ConfigError, HookCallError
+from swissarmy.generation.processors import LogitsProcessor, by_shape, by_tokens
 from swissarmy.nn.kv_cache import KVCache
 
 
-class Strategy(ABC):
-    """Chooses tokens one column at a time; after an end token a row only repeats it."""
+class StrategyOptions(TypedDict, total=False):
+    """What every strategy takes by keyword; each is a function of `swissarmy.generation.processors`."""
 
-    def __init__(self, end_tokens: Iterable[int] = ()) -> None:
-        """Set the tokens that end a row."""
+    processors: Sequence[LogitsProcessor]
+    """Your own, after those that the other options make and before temperature and what follows it."""
+    min_length: int
+    """How many tokens a row gets at least before an end token."""
+    repetition_penalty: float | None
+    """Makes tokens that occurred less likely, by a factor."""
+    presence_penalty: float | None
+    """Makes tokens that occurred less likely, by a difference."""
+    frequency_penalty: float | None
+    """The same for each time that they occurred."""
+    no_repeat_ngram_size: int | None
+    """So many tokens in a row never occur twice."""
+    bad_words: Iterable[Sequence[int]] | None
+    """Sequences of ids that are never generated."""
+    suppressed_tokens: Iterable[int] | None
+    """Ids that are never generated."""
+    forced_tokens: Mapping[int, int] | None
+    """For a position in the row, the id that stands there."""
+
+
+class Strategy(ABC):
+    """Chooses tokens one column at a time, until it `is_done`; `finalize` makes the result.
+
+    For one of your own, define `forward`; or, on `TokenStrategy`, just `choose`.
+    """
+
+    def __init__(self, end_tokens: Iterable[int] = (), **options: Unpack[StrategyOptions]) -> None:
+        """Set the tokens that end a row, and how logits are changed before a token is chosen.
+
+        Raises:
+            ConfigError: A value outside its range.
+        """
         self.end_tokens = tuple(end_tokens)
+        self.min_length = options.pop("min_length", 0)
+        if self.min_length < 0:
+            raise ConfigError(f"min_length={self.min_length} must not be negative.")
+        own = list(options.pop("processors", ()))
+        self.processors: list[LogitsProcessor] = [*by_tokens(**options), *own]  # type: ignore[misc]
+        self.narrowing: list[LogitsProcessor] = []
+        """What comes last: temperature, and the choice of the tokens that are drawn from."""
         self.ended: Tensor | None = None
+        self.gaps: Tensor | None = None
 
     def ending_at(self, end_tokens: Iterable[int]) -> Self:
         """The same strategy with these end tokens."""
@@ -30,44 +68,103 @@ class Strategy(ABC):
         other.end_tokens = tuple(end_tokens)
         return other
 
-    def reset(self, batch_size: int, device: torch.device) -> None:
-        """Begin a new batch."""
+    def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
+        """Begin a new batch.
+
+        Args:
+            batch_size: How many rows it has.
+            device: Where its tokens are.
+            gaps: `[b, c]`, which tokens are to be chosen; all when omitted. What is chosen elsewhere does not count.
+        """
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.gaps = gaps
 
     @property
     def is_done(self) -> bool:
         """Whether every row has ended."""
         return self.ended is not None and bool(self.end_tokens) and bool(self.ended.all())
 
-    def forward(self, logits: Tensor, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
-        """Append a column to tokens `[b, n]`, chosen from logits `[b, vocab]`; the cache goes with the rows."""
-        if torch.isnan(logits).any():
-            raise HookCallError(f"the logits of column {tokens.shape[1]} hold NaN: the model or its input is broken.")
-        chosen = self._choose(logits)
-        if self.end_tokens and self.ended is not None:
-            chosen = torch.where(self.ended, self.end_tokens[0], chosen)
-            self.ended = self.ended | torch.isin(chosen, torch.tensor(self.end_tokens, device=chosen.device))
-        return torch.cat((tokens, chosen[:, None]), dim=1), mems
-
-    def finalize(self, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
-        """The result, when all columns are filled or every row has ended."""
-        return tokens, mems
+    def propose(self, tokens: Tensor) -> Tensor:
+        """A guess of what follows tokens `[b, n]`, `[b, guessed]`; read along, and kept as far as it comes true."""
+        return tokens[:, :0]
 
     @abstractmethod
-    def _choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row, `[b]`."""
+    def forward(self, logits: Tensor, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
+        """Append a column to tokens `[b, n]`, chosen from logits `[b, vocab]`; the cache goes with the rows.
+
+        In the tokens, -1 stands where a row has none: before it begins and after it is over. Several rows may be made
+        of each: tokens `[times * b, n + 1]`, those of one row together, and the cache reordered like them.
+        """
+
+    def process(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """The logits `[b, vocab]` after all processors, in float32 or better."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        for processor in self.processors:
+            logits = processor(logits, tokens)
+        if self.min_length and self.end_tokens:
+            short = self._generated(tokens) < self.min_length
+            ends = torch.tensor(self.end_tokens, device=logits.device)
+            hidden = torch.isin(torch.arange(logits.shape[-1], device=logits.device), ends)
+            logits = logits.masked_fill(short[:, None] & hidden, float("-inf"))
+        for processor in self.narrowing:
+            logits = processor(logits, tokens)
+        return logits
+
+    def finalize(self, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
+        """The result, when all columns are filled or every row has ended.
+
+        An empty cache says that the tokens must be read again for what the result remembers.
+        """
+        return tokens, mems
+
+    def live(self, tokens: Tensor) -> Tensor:
+        """Which rows have not ended and have their next token chosen, `[b]`."""
+        live = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        if self.gaps is not None:
+            live = self.gaps[:, tokens.shape[1]]
+        return live if self.ended is None else live & ~self.ended
+
+    def _generated(self, tokens: Tensor) -> Tensor:
+        """How many tokens of each row were chosen, `[b]`; all of them where no gaps are known."""
+        return ((tokens >= 0) if self.gaps is None else self.gaps[:, : tokens.shape[1]]).sum(dim=1)
+
+
+class TokenStrategy(Strategy):
+    """Chooses each row's token from that row's own logits."""
+
+    def forward(self, logits: Tensor, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
+        """Append the chosen tokens `[b]` to tokens `[b, n]`; an ended row gets the first of the end tokens.
+
+        Raises:
+            HookCallError: Logits that are not numbers, or a row whose tokens are all ruled out.
+        """
+        column, live = tokens.shape[1], self.live(tokens)
+        check_logits(logits, live, column)
+        processed = self.process(logits, tokens)
+        if processed is not logits:
+            check_logits(processed, live, column)
+        chosen = self.choose(processed, live)
+        if self.end_tokens and self.ended is not None:
+            chosen = torch.where(self.ended, self.end_tokens[0], chosen)
+            ending = torch.isin(chosen, torch.tensor(self.end_tokens, device=chosen.device))
+            self.ended = self.ended | (ending & live)
+        return torch.cat((tokens, chosen[:, None]), dim=1), mems
+
+    @abstractmethod
+    def choose(self, logits: Tensor, live: Tensor) -> Tensor:
+        """The next token of each row, `[b]`, from processed logits `[b, vocab]`; of rows not in `live` any token."""
 
 
 @final
-class GreedyStrategy(Strategy):
+class GreedyStrategy(TokenStrategy):
     """The most likely token, always."""
 
-    def _choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, live: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
 
 
 @final
-class SamplingStrategy(Strategy):
+class SamplingStrategy(TokenStrategy):
     """A token drawn from the probabilities. With a seed, a row's draws do not depend on the other rows."""
 
     def __init__(
@@ -76,8 +173,11 @@ class SamplingStrategy(Strategy):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
         seed: int | None = None,
         end_tokens: Iterable[int] = (),
+        **options: Unpack[StrategyOptions],
     ) -> None:
         """Set what is drawn from.
 
@@ -85,20 +185,23 @@ class SamplingStrategy(Strategy):
             temperature: Below one sharper, above one flatter.
             top_k: Draw only from so many most likely tokens.
             top_p: Draw only from the most likely tokens that together reach this probability.
+            min_p: Draw only from tokens at least so many times as likely as the most likely one.
+            typical_p: Draw only from the tokens of the most typical surprise that together reach this probability.
             seed: Makes the draws repeatable.
             end_tokens: Tokens that end a row.
+            **options: As for every strategy, see `StrategyOptions`.
 
         Raises:
             ConfigError: A value outside its range.
         """
-        super().__init__(end_tokens)
-        self.processors = _processors(temperature, top_k, top_p)
+        super().__init__(end_tokens, **options)
+        self.narrowing = by_shape(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
         self.seed = seed
         self.generators: list[torch.Generator] = []
 
-    def reset(self, batch_size: int, device: torch.device) -> None:
+    def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
         """Begin a new batch: the same seed gives the same draws."""
-        super().reset(batch_size, device)
+        super().reset(batch_size, device, gaps)
         self.generators = [torch.Generator() for _ in range(batch_size)]
         for row, generator in enumerate(self.generators):
             if self.seed is None:
@@ -106,21 +209,27 @@ class SamplingStrategy(Strategy):
             else:
                 generator.manual_seed(self.seed + row)
 
-    def _choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, live: Tensor) -> Tensor:
         """By inverting the cumulated probabilities: one number a row decides, and never for an impossible token."""
-        logits = logits.float()
-        for process in self.processors:
-            logits = process(logits)
         cumulated = logits.softmax(dim=-1).double().cumsum(dim=-1)
-        drawn = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators])
-        threshold = drawn.to(logits.device)[:, None] * cumulated[:, -1:]
+        drawn = torch.zeros(len(logits), 1, dtype=torch.float64)
+        for row in live.nonzero().flatten().tolist():  # a row that is given its token draws none, as if it were alone
+            drawn[row] = torch.rand((), generator=self.generators[row], dtype=torch.float64)
+        total = cumulated[:, -1:]
+        threshold = (drawn.to(logits.device) * total).minimum(total.nextafter(torch.zeros_like(total)))
         return (cumulated > threshold).int().argmax(dim=-1)
 
 
-def _processors(heat: float, k: int | None, p: float | None) -> list[LogitsProcessor]:
-    chosen = [temperature(heat)]
-    if k is not None:
-        chosen.append(top_k(k))
-    if p is not None:
-        chosen.append(top_p(p))
-    return chosen
+def check_logits(logits: Tensor, live: Tensor, column: int) -> None:
+    """Refuse live rows of logits `[b, vocab]` from which no token can be chosen."""
+    best = torch.where(live, logits.amax(dim=-1), 0)
+    if torch.isfinite(best).all():
+        return
+    row = int((~torch.isfinite(best)).nonzero()[0])
+    if torch.isneginf(best[row]):
+        raise HookCallError(
+            f"every token is ruled out in row {row}, column {column}: the model's logits are all -inf, or the "
+            "strategy's processors leave nothing to choose."
+        )
+    kind = "NaN" if torch.isnan(best[row]) else "infinite values"
+    raise HookCallError(f"the logits of row {row}, column {column} hold {kind}: the model or its input is broken.")

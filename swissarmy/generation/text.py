@@ -1,7 +1,8 @@
 """`generate` and `stream`: text in, text out."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +10,11 @@ from torch import Tensor
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import HookCallError
 from swissarmy.generation.autoregressive_sampling import GAP, Grid, fill_sequence, steps
+from swissarmy.generation.perplexity import evaluate_perplexity
+from swissarmy.generation.stopping import Clock, StoppingStrategy, StopStrings
 from swissarmy.generation.strategies import GreedyStrategy, Strategy
+
+FinishReason = Literal["end", "stop", "length", "time"]
 
 
 class TokenizerLike(Protocol):
@@ -41,6 +46,19 @@ class StreamingTokenizerLike(TokenizerLike, Protocol):
         """A decoder for tokens that come one by one."""
 
 
+class Generation(NamedTuple):
+    """One generated text, token by token."""
+
+    text: str
+    """The new text, without the prompt and without a stop string."""
+    tokens: list[int]
+    """The new tokens; those of a stop string too, an end token not."""
+    logprobs: list[float]
+    """The log-probability of each token under the model, in nats, before temperature and the like."""
+    finish_reason: FinishReason
+    """Why the text ends: an end token, a stop string, `max_new_tokens` or `max_time`."""
+
+
 def generate(
     model: Model,
     tokenizer: TokenizerLike,
@@ -48,6 +66,8 @@ def generate(
     *,
     max_new_tokens: int = 64,
     strategy: Strategy | None = None,
+    stop: str | Sequence[str] = (),
+    max_time: float | None = None,
     **kw_args: Any,
 ) -> list[str]:
     """Continue texts (for an encoder-decoder: answer them); rows end at the tokenizer's end tokens.
@@ -58,23 +78,50 @@ def generate(
         prompts: One text or several, of any lengths.
         max_new_tokens: The most tokens that a row gets.
         strategy: Chooses the tokens; greedy when omitted.
+        stop: A text ends before the first of these strings.
+        max_time: Seconds after which no further token is begun.
         **kw_args: For the model, in every step.
 
     Returns:
-        The new text of each prompt, without the prompt.
+        The new text of each prompt, without the prompt; several of each if the strategy gives several.
+
+    Raises:
+        HookCallError: A prompt without tokens, or a value outside its range.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or max_new_tokens == 0:
-        return [""] * len(texts)
-    strategy = _ending(strategy, tokenizer)
-    rows, extra, given = _prepare(model, tokenizer, texts, max_new_tokens)
-    tokens, _ = fill_sequence(model, rows, strategy=strategy, **extra, **kw_args)
-    return [
-        tokenizer.decode(_new_ids(row.tolist(), start, strategy.end_tokens))
-        for row, start in zip(tokens, given, strict=True)
-    ]
+    limits = _Limits(max_new_tokens, StopStrings(stop), Clock(max_time))
+    return [row.text for row in _fill(model, tokenizer, prompts, strategy, limits, kw_args).rows]
 
 
+def generate_with_logprobs(
+    model: Model,
+    tokenizer: TokenizerLike,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    strategy: Strategy | None = None,
+    stop: str | Sequence[str] = (),
+    max_time: float | None = None,
+    **kw_args: Any,
+) -> list[Generation]:
+    """What `generate` gives, with the tokens, how likely each was, and why the text ends.
+
+    The log-probabilities come from reading the finished texts once more, all together: they are those of
+    `evaluate_perplexity`, whatever the strategy. Arguments and errors are those of `generate`.
+    """
+    limits = _Limits(max_new_tokens, StopStrings(stop), Clock(max_time))
+    filled = _fill(model, tokenizer, prompts, strategy, limits, kw_args)
+    if not any(row.tokens for row in filled.rows):
+        return filled.rows
+    texts = [torch.tensor([*context, *row.tokens]) for context, row in zip(filled.contexts, filled.rows, strict=True)]
+    losses = evaluate_perplexity(model, texts, reduction="none", **filled.extra, **kw_args)
+    scored = []
+    for row, context, loss in zip(filled.rows, filled.contexts, losses, strict=True):
+        own = loss[len(context) : len(context) + len(row.tokens)]
+        scored.append(row._replace(logprobs=(-own).tolist()))
+    return scored
+
+
+@torch.no_grad()  # so made that the caller's own setting holds between the pieces
 def stream(
     model: Model,
     tokenizer: StreamingTokenizerLike,
@@ -82,25 +129,100 @@ def stream(
     *,
     max_new_tokens: int = 64,
     strategy: Strategy | None = None,
+    stop: str | Sequence[str] = (),
+    max_time: float | None = None,
     **kw_args: Any,
 ) -> Iterator[str]:
-    """Continue one text and yield the new text piece by piece; the pieces together are what `generate` gives."""
+    """Continue one text and yield the new text piece by piece; the pieces together are what `generate` gives.
+
+    Arguments and errors are those of `generate`; a strategy that follows several texts at a time cannot be streamed.
+    """
+    stops, clock = StopStrings(stop), Clock(max_time)
     if max_new_tokens == 0:
         return
-    strategy = _ending(strategy, tokenizer)
-    rows, extra, given = _prepare(model, tokenizer, [prompt], max_new_tokens)
-    decoder = tokenizer.stream()
+    strategy = ending(strategy, tokenizer)
+    rows, extra = _prepare(model, tokenizer, [prompt], max_new_tokens)
+    start, decoder = int((rows[0] != GAP).sum()), tokenizer.stream()
     for tokens, _ in steps(model, Grid.of(rows, 1, model.device), strategy, **extra, **kw_args):
-        new = _new_ids(tokens[0].tolist(), given[0], strategy.end_tokens)
-        if len(new) == tokens.shape[1] - given[0]:
-            yield decoder.put(new[-1])
-    yield decoder.end()
+        token = last_token(tokens, strategy)
+        yield stops.put("" if token is None else decoder.put(token))
+        if stops.found or clock.is_over or tokens.shape[1] - start >= max_new_tokens:
+            break
+    if not stops.found:
+        yield stops.put(decoder.end())
+    yield stops.end()
+
+
+class _Limits(NamedTuple):
+    """When to stop, apart from end tokens."""
+
+    max_new_tokens: int
+    stops: StopStrings
+    clock: Clock
+
+
+class _Filled(NamedTuple):
+    """What was generated, and what it followed."""
+
+    rows: list[Generation]
+    contexts: list[list[int]]
+    """The tokens before the new ones, of each row."""
+    extra: dict[str, Any]
+    """What else the model was given, row by row."""
+
+
+def _fill(
+    model: Model,
+    tokenizer: TokenizerLike,
+    prompts: str | Sequence[str],
+    strategy: Strategy | None,
+    limits: _Limits,
+    kw_args: dict[str, Any],
+) -> _Filled:
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or limits.max_new_tokens == 0:
+        return _Filled([Generation("", [], [], "length")] * len(texts), [[]] * len(texts), {})
+    strategy = ending(strategy, tokenizer)
+    rows, extra = _prepare(model, tokenizer, texts, limits.max_new_tokens)
+    contexts = [row[: -limits.max_new_tokens].tolist() for row in rows]
+
+    def is_over(new: Sequence[int]) -> bool:
+        ids = _new_ids(new, strategy.end_tokens)
+        return len(ids) < len(new) or limits.stops.cut(tokenizer.decode(ids)) is not None
+
+    chooser = strategy
+    if limits.stops.strings or limits.clock.deadline is not None:
+        watched = is_over if limits.stops.strings else lambda new: False
+        chooser = StoppingStrategy(strategy, limits.clock, watched, start=max(map(len, contexts)))
+    tokens, _ = fill_sequence(model, rows, strategy=chooser, **extra, **kw_args)
+    times = len(tokens) // len(rows)
+    contexts = [context for context in contexts for _ in range(times)]
+    extra = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in extra.items()}
+    made = [
+        _generation(row.tolist()[len(context) :], tokenizer, strategy.end_tokens, limits)
+        for row, context in zip(tokens, contexts, strict=True)
+    ]
+    return _Filled(made, contexts, extra)
+
+
+def _generation(new: Sequence[int], tokenizer: TokenizerLike, end_tokens: Sequence[int], limits: _Limits) -> Generation:
+    """A row's text from what was generated, `GAP` where nothing was."""
+    ids = _new_ids(new, end_tokens)
+    text = tokenizer.decode(ids)
+    before = limits.stops.cut(text)
+    if before is not None:
+        sizes = range(len(ids) + 1)
+        size = bisect_left(sizes, True, key=lambda size: limits.stops.cut(tokenizer.decode(ids[:size])) is not None)
+        return Generation(before, ids[:size], [], "stop")
+    if len(ids) < len(new) and new[len(ids)] != GAP:
+        return Generation(text, ids, [], "end")
+    return Generation(text, ids, [], "length" if len(ids) == limits.max_new_tokens else "time")
 
 
 def _prepare(
     model: Model, tokenizer: TokenizerLike, texts: Sequence[str], max_new_tokens: int
-) -> tuple[list[Tensor], dict[str, Any], list[int]]:
-    """Rows with gaps to fill, what else the model is given, and how many tokens of each row were given."""
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Rows with gaps to fill, and what else the model is given."""
     if max_new_tokens < 0:
         raise HookCallError(f"max_new_tokens={max_new_tokens} must not be negative.")
     ids = [tokenizer.encode(text) for text in texts]
@@ -111,7 +233,7 @@ def _prepare(
     if model.parts:
         extra, ids = _source(ids, model.device), [[_start_token(model)]] * len(ids)
     gap = torch.full((max_new_tokens,), GAP)
-    return [torch.cat((torch.tensor(row), gap)) for row in ids], extra, [len(row) for row in ids]
+    return [torch.cat((torch.tensor(row), gap)) for row in ids], extra
 
 
 def _source(ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
@@ -132,14 +254,28 @@ def _start_token(model: Model) -> int:
     return 0
 
 
-def _ending(strategy: Strategy | None, tokenizer: TokenizerLike) -> Strategy:
+def ending(strategy: Strategy | None, tokenizer: TokenizerLike) -> Strategy:
     """The strategy, ending rows where the tokenizer says so unless it has end tokens of its own."""
     strategy = strategy or GreedyStrategy()
     return strategy if strategy.end_tokens else strategy.ending_at(tokenizer.eos_token_ids)
 
 
-def _new_ids(row: Sequence[int], start: int, end_tokens: Sequence[int]) -> list[int]:
+def last_token(tokens: Tensor, strategy: Strategy) -> int | None:
+    """The newest token of the one row `[1, n]`, `None` if it ends the text.
+
+    Raises:
+        HookCallError: There are several rows.
+    """
+    if len(tokens) != 1:
+        raise HookCallError(
+            f"{type(strategy).__name__} follows several texts at a time, and knows which to keep only at the end: use "
+            "sat.generate (on the command line, --no-stream)."
+        )
+    token = int(tokens[0, -1])
+    return None if token in strategy.end_tokens or token == GAP else token
+
+
+def _new_ids(new: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
     """What was generated, up to the first end token."""
-    new = row[start:]
     stops = [index for index, token in enumerate(new) if token in end_tokens or token == GAP]
     return list(new[: stops[0]]) if stops else list(new)

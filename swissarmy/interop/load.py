@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from swissarmy.backbone.model import Model
-from swissarmy.core.errors import CheckpointError
+from swissarmy.core.errors import CheckpointError, ConfigError
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.gguf import GGUFSource
@@ -52,6 +52,7 @@ def load(
         CheckpointError: No such checkpoint, or tensors that are missing, unexpected or of another shape.
         ConfigError: A configuration that is not understood.
     """
+    _check_options(dtype, device, mixins, allow_missing)
     values, source, where = open_checkpoint(path, dtype)
     with torch.device("meta"):
         model = build_model(_overridden(values, overrides or {}), where=where)
@@ -63,6 +64,20 @@ def load(
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
     add_mixins(model, mixins or {}, Path(where).parent, allow_missing)
     return model.eval()
+
+
+def _check_options(dtype: object, device: object, mixins: object, allow_missing: object) -> None:
+    """Refuse what would fail late or, worse, do something else."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r} is no precision of weights: give torch.float32, torch.bfloat16, ...")
+    if isinstance(allow_missing, str):
+        raise ConfigError(f"allow_missing={allow_missing!r} is one string: give a list of patterns.")
+    if mixins is not None and not isinstance(mixins, Mapping):
+        raise ConfigError(f"mixins is a {type(mixins).__name__}; it is a dict from names to mixins.")
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={device!r} is no device: give 'cpu', 'cuda' or 'cuda:1'.") from None
 
 
 def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

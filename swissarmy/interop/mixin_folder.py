@@ -67,20 +67,21 @@ def add_mixins(model: Model, mixins: Mapping[str, BaseMixin], folder: Path, allo
     for name, mixin in mixins.items():
         model.add_mixin(name, mixin)
     folder = folder / FOLDER
-    if not folder.is_dir():
-        return
     stored = SafetensorsSource(folder) if any(folder.glob("*.safetensors")) else None
     ours = added_tensors(model, model.source.own_names)
-    present = {name for name, _ in every_mixin(model)}
+    present = {name: type(mixin).__name__ for name, mixin in every_mixin(model)}
     problems = [
-        f"it was saved with '{name}' ({kind})"
+        f"it was saved with '{name}' ({kind}), and has {present.get(name, 'none of that name')} now"
         for name, kind in _names(folder).items()
-        if name not in present and not allowed(name, allow_missing)
+        if present.get(name) != kind and not allowed(name, allow_missing)
     ]
     problems += _tensor_problems(ours, stored, allow_missing)
     if problems:
-        cure = 'give the mixins that the model was saved with: sat.load(path, mixins={"name": MyMixin(...)}).'
-        raise CheckpointError("\n  - ".join([f"{folder} does not fit the model; {cure}", *problems]))
+        cure = (
+            'give the mixins that it was saved with, sat.load(path, mixins={"name": MyMixin(...)}), and list in '
+            'allow_missing those that start anew, ["mixins.name.*"]'
+        )
+        raise CheckpointError("\n  - ".join([f"{folder} does not fit the model; {cure}:", *problems]))
     if stored is not None:
         _fill(model, {name: ours[name] for name in stored.names() if name in ours}, stored)
 

@@ -96,7 +96,7 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise CheckpointError(
             f"{path} exists and is not empty; it is never written over in place: "
-            "choose another name, delete it, or pass overwrite=True"
+            "choose another name, or delete it first"
         )
     strangers = present - {*_read_manifest(path), MANIFEST}
     if strangers:

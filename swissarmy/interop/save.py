@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.errors import CheckpointError
+from swissarmy.core.hooks import HOOKS, answers
 from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.mixin_folder import write_mixins
 from swissarmy.interop.safe_write import write_folder
@@ -66,6 +67,10 @@ def _check_complete(source: Source, model: Model, parameters: Mapping[str, Tenso
             raise CheckpointError(
                 f"'{name}' ({type(mixin).__name__}) was removed from the model, and its family's layout needs it."
             )
+        if _settings(mixins[name]) != _settings(mixin):
+            raise CheckpointError(
+                f"'{name}' is no longer what the configuration says: it is {mixins[name]}, and was {mixin}."
+            )
     for name, shape in source.own_names.items():
         if name not in parameters:
             raise CheckpointError(f"'{name}' was removed from the model, and its family's layout needs it.")
@@ -76,10 +81,23 @@ def _check_complete(source: Source, model: Model, parameters: Mapping[str, Tenso
             )
 
 
+def _settings(mixin: nn.Module) -> list[tuple[str, str, str]]:
+    """What a mixin is apart from its weights: each module's kind and printed settings."""
+    return [
+        (name, type(module).__name__, module.extra_repr())
+        for name, module in mixin.named_modules()
+        if not isinstance(module, nn.ParameterList)  # which prints precision and device
+    ]
+
+
 def _plain_source(model: Model) -> Source:
     """A `BaseModel` that no family built is saved as the plain backbone."""
     if not isinstance(model, BaseModel):
         raise CheckpointError(f"{type(model).__name__} belongs to no family; save its parts one by one.")
+    if any(answers(model, hook) for hook in HOOKS):
+        raise CheckpointError(
+            f"{type(model).__name__} defines hooks itself, which no file can bring back: make them a mixin to save it."
+        )
     fields: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if value is not None}
     with torch.device("meta"):
         plain = build_model({"model_type": "swissarmy", "architectures": ["BaseModel"], "backbone": fields})

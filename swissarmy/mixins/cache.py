@@ -59,3 +59,6 @@ class CachedAutoRegressiveMixin(BaseMixin):
             mems.constants[key] = old_impl(x, linear, name, **kw_args)
         constant: Tensor = mems.constants[key]
         return constant
+
+
+CachedAutoregressiveMixin = CachedAutoRegressiveMixin

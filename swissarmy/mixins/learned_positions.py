@@ -32,6 +32,11 @@ class LearnedPositionsMixin(BaseMixin):
         self.table = nn.Embedding(num_positions, hidden_size, padding_id)
         nn.init.normal_(self.table.weight, std=0.02)
 
+    @property
+    def first_position(self) -> int:
+        """The position of a row's first token, as callers count: RoBERTa's begin after the padding token's row."""
+        return 0 if self.padding_id is None else self.padding_id + 1
+
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """A row for each position up to the model's maximum length."""

@@ -35,6 +35,10 @@ class RelativePositionBiasMixin(BaseMixin):
         self.table = nn.Embedding(num_buckets, num_heads)
         nn.init.normal_(self.table.weight, std=0.02)
 
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return f"max_distance={self.max_distance}, bidirectional={self.bidirectional}"
+
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """The model's heads; both directions where it is not causal."""

@@ -43,6 +43,11 @@ class RotaryMixin(BaseMixin):
         self.parameters_of_layer = parameters_of_layer
         self.interleaved = interleaved
 
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        parameters = [each.parameters for each in self.frequencies]
+        return f"{parameters}, {self.parameters_of_layer}, interleaved={self.interleaved}"
+
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """For the model's heads and length."""

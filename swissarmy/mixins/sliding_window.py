@@ -24,6 +24,10 @@ class SlidingWindowMixin(BaseMixin):
         self.window = SlidingWindow(window)
         self.layers_with_window = tuple(layers_with_window)
 
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return f"{self.window}, {self.layers_with_window}"
+
     @classmethod
     def for_config(cls, config: TransformerConfig, *, window: int = 1024, every: int = 1, **options: Any) -> Self:
         """A window in every layer, or in all but each `every`-th (`every=6`: five with, one without)."""

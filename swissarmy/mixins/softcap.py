@@ -21,6 +21,10 @@ class AttentionSoftcapMixin(BaseMixin):
         super().__init__()
         self.cap = cap
 
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return f"cap={self.cap}"
+
     @non_conflict(stage="bias")
     def attention_fn(
         self,
@@ -48,6 +52,10 @@ class LogitSoftcapMixin(BaseMixin):
         """Set the cap."""
         super().__init__()
         self.cap = cap
+
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return f"cap={self.cap}"
 
     @non_conflict
     def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Gemma 3, its text model (Gemma Team 2025): sandwich norms, QK-norm, and five windowed layers for each full one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -52,6 +52,14 @@ class Gemma3TextConfig(DecoderConfig):
     final_logit_softcapping: float | None = None
     attn_logit_softcapping: None = None
     use_bidirectional_attention: Literal[False] | None = False
+
+    def problems(self) -> Iterator[str]:
+        """A pattern of layers that fits their number."""
+        yield from super().problems()
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            yield f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}"
+        if self.sliding_window_pattern < 1 or self.sliding_window < 1:
+            yield f"sliding_window={self.sliding_window} and its pattern {self.sliding_window_pattern} must be positive"
 
     @property
     def layers_with_window(self) -> tuple[bool, ...]:

@@ -33,8 +33,8 @@ class KVCache:
         self.constants: dict[tuple[int, str], Tensor] = {}
 
     def __len__(self) -> int:
-        """How many positions are remembered."""
-        return self._lengths[0]
+        """How many positions are remembered; a layer without attention of its own may remember none."""
+        return max(self._lengths)
 
     @property
     def nbytes(self) -> int:
@@ -55,9 +55,13 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Make row `i` what row `rows[i]` was (`rows`: `[new batch]`), for beams; rows may repeat."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
         for buffers in (self._keys, self._values):
-            for layer_id, buffer in enumerate(buffers):
-                buffers[layer_id] = None if buffer is None else buffer.index_select(0, rows)
+            for layer_id, (buffer, length) in enumerate(zip(buffers, self._lengths, strict=True)):
+                if buffer is not None and len(buffer) == len(rows):  # only what changes, and only what is written
+                    buffer[moved, :, :length] = buffer[rows[moved], :, :length]
+                elif buffer is not None:
+                    buffers[layer_id] = buffer.index_select(0, rows)
         self.constants = {key: tensor.index_select(0, rows) for key, tensor in self.constants.items()}
 
     def trim(self, num_positions: int) -> None:
@@ -80,13 +84,17 @@ class KVCache:
 
     def to_mems(self) -> Tensor:
         """Everything remembered as one tensor `[num_layers, b, t, 2 * h * d]`, keys then values."""
-        layers = []
+        layers: list[Tensor | None] = []
         for keys, values in zip(self._keys, self._values, strict=True):
             if keys is None or values is None:
-                raise HookCallError("the cache is empty: nothing has been written to some layers yet.")
+                layers.append(None)
+                continue
             flat = [part[:, :, : len(self)].transpose(1, 2).flatten(2) for part in (keys, values)]
             layers.append(torch.cat(flat, dim=-1))
-        return torch.stack(layers)
+        written = next((layer for layer in layers if layer is not None), None)
+        if written is None:
+            raise HookCallError("the cache is empty: no layer has written to it yet.")
+        return torch.stack([torch.zeros_like(written) if layer is None else layer for layer in layers])
 
     @classmethod
     def from_mems(cls, mems: Tensor, *, num_key_value_heads: int, capacity: int = 0) -> Self:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swissarmy.core.config import Config
+from swissarmy.core.errors import ConfigError
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 
@@ -81,6 +82,8 @@ class RotaryFrequencies:
         """
         self.parameters = parameters
         self.rotary_dim = int(head_dim * parameters.partial_rotary_factor)
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ConfigError(f"{self.rotary_dim} of {head_dim} dimensions are rotated; the number must be even.")
         self.trained_length = parameters.original_max_position_embeddings or max_positions
         self.max_positions = max_positions
         self.attention_factor = self._attention_factor()

@@ -35,10 +35,32 @@ def test_generate_prints_each_of_several_prompts(sat: Any, tiny: Path) -> None:
 def test_generate_prints_one_json_object_for_each_prompt(sat: Any, tiny: Path) -> None:
     _, out, _ = sat("generate", "--prompt", "once", "--prompt=a", tiny, "--max-new-tokens", 4, "--json")
     texts = expected(tiny, "once", "a", max_new_tokens=4)
-    assert [json.loads(line) for line in out.splitlines()] == [
-        {"prompt": "once", "text": texts[0]},
-        {"prompt": "a", "text": texts[1]},
-    ]
+    made = [json.loads(line) for line in out.splitlines()]
+    assert [(each["prompt"], each["text"]) for each in made] == [("once", texts[0]), ("a", texts[1])]
+    assert [list(each) for each in made] == [["prompt", "text", "finish_reason", "tokens"]] * 2
+    want = swissarmy.generate_with_logprobs(
+        swissarmy.load(tiny), swissarmy.load_tokenizer(tiny), ["once", "a"], max_new_tokens=4
+    )
+    for each, generation in zip(made, want, strict=True):
+        assert each["finish_reason"] == generation.finish_reason
+        assert [token["id"] for token in each["tokens"]] == generation.tokens
+        assert [token["logprob"] for token in each["tokens"]] == pytest.approx(generation.logprobs)
+
+
+def test_generate_in_batches_is_generate_at_once(sat: Any, tiny: Path) -> None:
+    options = ["generate", tiny, "--prompt", "once", "a tiny", "model", "--seed", 3, "--max-new-tokens", 6]
+    assert sat(*options, "--batch-size", 2) == sat(*options)
+    assert sat(*options, "--batch-size", 1, "--no-progress") == sat(*options)
+
+
+def test_generate_stops_at_a_text(sat: Any, tiny: Path) -> None:
+    (text,) = expected(tiny, "once", max_new_tokens=12)
+    flags = ["generate", tiny, "--prompt", "once", "--max-new-tokens", 12, "--stop", "never seen", "--stop", text[2:4]]
+    want = text[: text.index(text[2:4])] + "\n"
+    for stream in ("--stream", "--no-stream"):
+        assert sat(*flags, stream) == (0, want, "")
+    assert json.loads(sat(*flags, "--json")[1])["finish_reason"] == "stop"
+    assert sat(*flags[:6], "--max-time", 100)[1] == text + "\n"
 
 
 def test_generate_with_a_seed_repeats_itself_and_differs_from_greedy(sat: Any, tiny: Path) -> None:
@@ -73,6 +95,9 @@ def test_generate_takes_a_dtype(sat: Any, tiny: Path) -> None:
         (["--prompt", "a", "--max-new-tokens", "many"], ["--max-new-tokens", "many"]),
         (["--prompt", "a", "--dtype", "float8"], ["float8", "bfloat16"]),
         (["--prompt", "-", "--prompt", "-"], ["--prompt -"]),
+        (["--prompt", "a", "--stop", ""], ["--stop"]),
+        (["--prompt", "a", "--max-time", "0"], ["--max-time 0"]),
+        (["--prompt", "a", "--batch-size", "0"], ["--batch-size 0"]),
         (["--prompt", ""], ["prompt 1 is empty"]),
         (["--promt", "a"], ["--promt", "--prompt"]),
         (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
@@ -143,7 +168,8 @@ def test_generate_takes_a_config_file_and_flags_win(sat: Any, tiny: Path, tmp_pa
     config = tmp_path / "run.yaml"
     config.write_text(f"path: {tiny}\nprompt: [once]\nmax-new-tokens: 3\njson: true\n")
     (text,) = expected(tiny, "once", max_new_tokens=3)
-    assert sat("generate", "--config", config) == (0, json.dumps({"prompt": "once", "text": text}) + "\n", "")
+    code, out, err = sat("generate", "--config", config)
+    assert (code, json.loads(out)["text"], err) == (0, text, "")
     _, out, _ = sat("generate", f"--config={config}", "--no-json", "--max-new-tokens", 5, "--prompt", "a")
     assert out == expected(tiny, "a", max_new_tokens=5)[0] + "\n"
 

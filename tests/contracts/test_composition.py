@@ -167,7 +167,7 @@ def test_full_graph_compilation_of_cached_decoding_gives_the_same(family: str) -
     torch.compiler.reset()
     model = with_mixin(family, "prefix-tuning")
     expected = full_logits(model)
-    decoder = model.for_decoding(**{"input_ids": inputs_of(model)["input_ids"]})[0] if model.parts else model
+    decoder = model.for_decoding(input_ids=inputs_of(model)["input_ids"])[0] if model.parts else model
     decoder.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(cached_logits(model), expected, rtol=1e-4, atol=1e-4)
 

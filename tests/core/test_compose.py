@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import swissarmy as sat
 from swissarmy.core.errors import HookCallError, HookConflictError, HookDefinitionError
 from swissarmy.core.hooks import HOOKS, Hook
-from tests.helpers import DefaultMLP, Scale, ZeroMLP, hook_mixin, tiny_ids, tiny_model
+from tests.helpers import DefaultMLP, Scale, ZeroMLP, hook_mixin, tiny_family_model, tiny_ids, tiny_model
 
 IDS = tiny_ids()
 
@@ -364,10 +364,56 @@ def test_a_name_that_cannot_be_in_a_state_dict_is_refused(name: Any) -> None:
     assert not model.mixins
 
 
-@pytest.mark.parametrize("thing", [nn.Linear(2, 2), Scale, None, "scale"])
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), nn.Linear, None, "scale"])
 def test_a_thing_that_is_no_mixin_is_refused(thing: Any) -> None:
     with pytest.raises(HookDefinitionError, match=rf"mixin 'x' is a {type(thing).__name__}; .*sat\.BaseMixin"):
         tiny_model().add_mixin("x", thing)
+
+
+def test_a_class_in_place_of_a_mixin_is_refused_with_what_to_write() -> None:
+    with pytest.raises(HookDefinitionError, match=r"'x' is the class Scale; add an instance: Scale.for_model"):
+        tiny_model().add_mixin("x", Scale)
+
+
+def test_one_mixin_under_two_names_and_one_of_another_size_are_refused() -> None:
+    model, mixin = tiny_model(), Scale()
+    model.add_mixin("x", mixin)
+    with pytest.raises(HookConflictError, match="'y' is the very mixin that is here as 'x'"):
+        model.add_mixin("y", mixin)
+    with pytest.raises(HookDefinitionError, match="mixin 'p' has 3 layers and the model 2"):
+        model.add_mixin("p", sat.PrefixTuningMixin(3, 2, 8))
+
+
+def test_what_a_wrapper_takes_by_name_or_does_not_pass_on_still_reaches_the_hooks_inside() -> None:
+    seen: list[Any] = []
+
+    @sat.non_conflict
+    def forgetful(self: Any, hidden_states: Tensor, mask: Any, layer_id: int, *, old_impl: Hook, **kw: Any) -> Any:
+        return old_impl(hidden_states, mask)
+
+    def mlp_forward(self: Any, hidden_states: Tensor, *, image: Any = None, **kw_args: Any) -> Tensor:
+        seen.append((image, kw_args["layer_id"]))
+        return hidden_states
+
+    model = tiny_model()
+    model.add_mixin("inner", hook_mixin("mlp_forward", mlp_forward))
+    model.add_mixin("outer", hook_mixin("layer_forward", forgetful))
+    model(tiny_ids(), image="pixels")
+    assert seen == [("pixels", 0), ("pixels", 1)]
+
+
+def test_cross_attention_stays_cross_attention_under_a_wrapper_that_says_nothing_of_it() -> None:
+    @sat.non_conflict
+    def attention_fn(
+        self: Any, q: Any, k: Any, v: Any, mask: Any, dropout_fn: Any, *, old_impl: Hook, **kw: Any
+    ) -> Any:
+        return old_impl(q, k, v, mask, dropout_fn)
+
+    model = tiny_family_model("t5")
+    inputs = {"input_ids": tiny_ids(length=6), "decoder_input_ids": tiny_ids()}
+    before = model(**inputs)[0]
+    model.add_mixin("silent", hook_mixin("attention_fn", attention_fn), part="decoder")
+    assert torch.equal(model(**inputs)[0], before)
 
 
 def test_a_part_of_a_model_without_parts_is_refused() -> None:

@@ -34,7 +34,8 @@ def test_an_unknown_keyword_lists_those_that_are_accepted_and_the_nearest() -> N
         model(IDS, token_type_id=None)
     message = str(caught.value)
     assert "no hook of this model accepts the keyword 'token_type_id'. Did you mean 'token_type_ids'?" in message
-    assert "Accepted: attention_bias, attention_softcap, image, image_scale, token_type_ids." in message
+    for name in ("image", "image_scale", "token_type_ids", "padding_mask", "position_ids"):
+        assert name in message.partition("Accepted: ")[2]
     assert "`accepts`" in message
 
 
@@ -96,7 +97,7 @@ def test_names_that_a_signature_only_calls_its_arguments_by_are_not_keywords(nam
         return old_impl(x, layer_id=layer_id, **others)
 
     model = tiny_model({"odd": hook_mixin("mlp_forward", wrapper)})
-    with pytest.raises(HookCallError, match=f"accepts the keyword '{name}'.*Accepted: attention_bias, attention_soft"):
+    with pytest.raises(HookCallError, match=f"accepts the keyword '{name}'.*Accepted: attention_bias"):
         model(IDS, **{name: 1})
 
 

@@ -380,7 +380,10 @@ def test_mixin_weights_of_another_shape_or_missing_are_named_and_nothing_is_fill
 
 
 def test_new_mixins_join_a_checkpoint_that_has_none_in_its_precision(tmp_path: Path) -> None:
-    model = sat.load(saved(tmp_path), mixins={"scale": Scale(2.0)}, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"missing: mixins.scale.factor"):
+        sat.load(saved(tmp_path), mixins={"scale": Scale(2.0)})
+    new = {"mixins": {"scale": Scale(2.0)}, "allow_missing": ["mixins.scale.*"]}
+    model = sat.load(tmp_path / "model", **new, dtype=torch.bfloat16)
     assert model.get_parameter("mixins.scale.factor").dtype == torch.bfloat16
     assert not model.mixins["scale"].training
 

@@ -184,7 +184,7 @@ def test_another_batch_size_is_refused() -> None:
 
 
 def test_an_empty_cache_has_no_mems() -> None:
-    with pytest.raises(HookCallError, match="nothing has been written"):
+    with pytest.raises(HookCallError, match="no layer has written"):
         KVCache(LAYERS).to_mems()
 
 

@@ -1,0 +1,130 @@
+"""`sat eval`: measure how well a model predicts a text."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from rich.table import Table
+
+from swissarmy.cli import output
+from swissarmy.cli.command import DONE, CheckpointPath, Command, Options, UsageError
+from swissarmy.cli.loading import Device, Dtype, decode_text, load_model, outline_of_generator, read_text
+from swissarmy.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swissarmy.backbone.model import Model
+    from swissarmy.data.tokenizer import Tokenizer
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """What `sat eval` takes."""
+
+    path: CheckpointPath
+    """A Hugging Face folder, a .gguf file, or the name of a model on the hub."""
+    perplexity: Path
+    """A UTF-8 text file, to be predicted token by token."""
+    stride: int | None = None
+    """For a text longer than the model's maximum: how far each window moves on. Smaller: more context, more time.
+    Half the maximum when left out."""
+    dtype: Dtype | None = None
+    """The precision of the weights; as stored when left out (float32 for GGUF)."""
+    device: Device = "cpu"
+    """Where the model runs."""
+    json: bool = False
+    """Print a JSON object instead."""
+
+    def problems(self) -> Iterator[str]:
+        """Values outside their ranges."""
+        if self.stride is not None and self.stride < 1:
+            yield f"--stride {self.stride} must be at least 1"
+
+
+def run(options: EvalOptions) -> int:
+    """Check everything that can be checked without the weights, load them, measure."""
+    data = read_text(options.perplexity, "--perplexity")
+    text = decode_text(data, str(options.perplexity))
+    from swissarmy.interop.tokenizer import load_tokenizer
+
+    outlined = outline_of_generator(options.path)
+    stride = _stride(outlined, options)
+    tokenizer = load_tokenizer(options.path)
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise UsageError(f"{options.perplexity}: {len(ids)} tokens, and there must be two: the first begins the text.")
+    model = load_model(options.path, dtype=options.dtype, device=options.device)
+    facts = {
+        "path": options.path,
+        "file": str(options.perplexity),
+        **measure(model, ids, stride=stride, num_bytes=scored_bytes(text, ids, tokenizer)),
+    }
+    if options.json:
+        output.print_json(facts, indent=2)
+    else:
+        output.console().print(_table(facts))
+    return DONE
+
+
+def measure(model: "Model", ids: list[int], *, stride: int, num_bytes: int) -> dict[str, Any]:
+    """The figures, as `--json` prints them; seconds are those of the measurement alone."""
+    import torch
+
+    from swissarmy.generation.perplexity import evaluate_perplexity
+
+    started = time.perf_counter()
+    with output.console(stderr=True).status(f"reading {len(ids):,} tokens"):
+        result = evaluate_perplexity(model, torch.tensor(ids), stride=stride)
+    return {
+        "perplexity": result.perplexity,
+        "nats_per_token": result.nll,
+        "bits_per_byte": result.nll * result.tokens / math.log(2) / max(num_bytes, 1),
+        "tokens": result.tokens,
+        "bytes": num_bytes,
+        "stride": stride,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def scored_bytes(text: str, ids: list[int], tokenizer: "Tokenizer") -> int:
+    """How many bytes of UTF-8 the scored tokens make: all, or without the first token where that is text."""
+    return len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+
+
+def _stride(model: "Model", options: EvalOptions) -> int:
+    from swissarmy.cli.outline import parts_of
+
+    if model.parts:
+        raise ConfigError(f"{options.path} answers a source text; --perplexity measures models that continue one.")
+    (config,) = parts_of(model).values()
+    longest = config.max_sequence_length
+    if options.stride is not None and options.stride >= longest:
+        raise UsageError(f"--stride {options.stride} must be below {longest}, the model's maximum.")
+    return options.stride or max(longest // 2, 1)
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("perplexity", f"{facts['perplexity']:.4f}")
+    table.add_row("nats per token", f"{facts['nats_per_token']:.4f}")
+    table.add_row("bits per byte", f"{facts['bits_per_byte']:.4f}")
+    table.add_row("tokens", f"{facts['tokens']:,}")
+    table.add_row("bytes", f"{facts['bytes']:,}")
+    table.add_row("seconds", f"{facts['seconds']:.1f}")
+    return table
+
+
+COMMAND = Command(
+    summary="measure how well a model predicts a text",
+    examples=(
+        "sat eval openai-community/gpt2 --perplexity book.txt",
+        "sat eval model.gguf --perplexity book.txt --stride 512 --json",
+    ),
+    options=EvalOptions,
+    run=run,
+)
