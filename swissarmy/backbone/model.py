@@ -222,6 +222,11 @@ class BaseModel(Model):
             )
         return self, kw_args
 
+    @property
+    def first_position(self) -> int:
+        """The position of a row's first token, as the mixins of this model want `position_ids` to count."""
+        return max((self.get_mixin(name).first_position for name in self.mixins), default=0)
+
     def find_mixin(self, kind: type[BaseMixin]) -> str | None:
         """The name of the first mixin of this class, or `None`."""
         return next((name for name, mixin in self.mixins.items() if isinstance(mixin, kind)), None)

@@ -17,6 +17,7 @@ from swissarmy.generation.perplexity import evaluate_perplexity
 from swissarmy.generation.step_inputs import LogAttentionWeightsMixin, MasksAndPositions, StepInputs
 from swissarmy.generation.strategies import GreedyStrategy, Strategy
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin
+from swissarmy.mixins.heads import LMHeadMixin
 from swissarmy.nn.kv_cache import KVCache
 
 __all__ = ["GAP", "Grid", "evaluate_perplexity", "fill_sequence", "filling_sequence", "steps", "with_cache"]
@@ -174,6 +175,12 @@ class _Run:
         call = self.inputs.at(self.decoder, self.fed, stop, len(self.cache))
         logits: Tensor = self.decoder(tokens.clamp(min=0), mems=self.cache, logits_to_keep=keep, **call)[0]
         self.fed = stop
+        vocab = self.decoder.config.vocab_size
+        if logits.dim() != 3 or (logits.shape[2] != vocab and self.decoder.find_mixin(LMHeadMixin) is None):
+            raise HookCallError(
+                f"the model's head gives {list(logits.shape)}, not logits over its vocabulary of {vocab}: "
+                "load the causal language model, or add sat.LMHeadMixin in place of the head."
+            )
         return logits
 
     def _settle(self, grown: Tensor, cache: KVCache) -> None:

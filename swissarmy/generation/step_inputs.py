@@ -113,7 +113,7 @@ class StepInputs:
         if self.position_ids is not None:
             call["position_ids"] = self._picked_positions(start, stop)
         elif self.grid.is_ragged or self.max_memory_length is not None:
-            call["position_ids"] = self.grid.positions(start, stop)
+            call["position_ids"] = self.grid.positions(start, stop) + model.first_position
             _check_length(model, call["position_ids"])
         if self.grid.is_ragged:
             columns = torch.arange(first, stop, device=self.grid.shifts.device)

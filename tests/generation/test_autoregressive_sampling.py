@@ -7,7 +7,15 @@ import swissarmy as sat
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.testing import tiny_model
 
-CAUSAL = ["gpt2", "llama", "gemma3_text", "swissarmy"]
+CAUSAL = ["gpt2", "llama", "gemma3_text", "swissarmy", "bert", "roberta"]
+DECODERS = {
+    "bert": {"architectures": ["BertLMHeadModel"], "is_decoder": True},
+    "roberta": {"architectures": ["RobertaForCausalLM"], "is_decoder": True},
+}
+
+
+def causal_model(family: str) -> Model:
+    return tiny_model(family, **DECODERS.get(family, {}))
 
 
 def greedy_by_hand(model: Model, row: list[int]) -> list[int]:
@@ -25,7 +33,7 @@ def greedy_by_hand(model: Model, row: list[int]) -> list[int]:
     [[5, -1, -1, -1, -1], [5, 6, 7, -1], [5, -1, 9, 8, -1, -1, 7], [5, -1, 9, 8, 7], [5, 6, -1, 7, -1, -1, 3, 4]],
 )
 def test_gaps_anywhere_are_filled_as_without_a_cache_and_given_tokens_stay(family: str, row: list[int]) -> None:
-    model = tiny_model(family)
+    model = causal_model(family)
     tokens, mems = sat.fill_sequence(model, torch.tensor(row))
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [greedy_by_hand(model, row)]
@@ -53,7 +61,7 @@ def test_a_sequence_without_gaps_is_read_and_returned() -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_rows_of_different_lengths_equal_each_row_alone(family: str) -> None:
-    model = tiny_model(family)
+    model = causal_model(family)
     rows = [[5, -1, -1, -1, 4, -1], [5, 6, 7, 8, -1, -1, -1], [9, -1]]
     tokens, _ = sat.fill_sequence(model, [torch.tensor(row) for row in rows])
     assert tokens.shape == (3, 7)
@@ -63,7 +71,7 @@ def test_rows_of_different_lengths_equal_each_row_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_mems_continue_where_an_earlier_call_ended(family: str) -> None:
-    model = tiny_model(family)
+    model = causal_model(family)
     whole, whole_mems = sat.fill_sequence(model, torch.tensor([[5, 6, *[-1] * 8], [7, 8, *[-1] * 8]]))
     first, mems = sat.fill_sequence(model, torch.tensor([[5, 6, *[-1] * 3], [7, 8, *[-1] * 3]]))
     longer = torch.cat((first, torch.full((2, 5), -1)), dim=1)
@@ -134,3 +142,19 @@ def test_only_the_last_position_goes_through_the_head() -> None:
     assert isinstance(model, BaseModel)
     ids = torch.arange(6)[None]
     torch.testing.assert_close(model(ids, logits_to_keep=1)[0], model(ids)[0][:, -1:])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (tiny_model("bert"), "BertForMaskedLM is not causal and continues no text"),
+        (tiny_model("vit"), "ViTForImageClassification is not causal"),
+        (tiny_model("gpt2", architectures=["GPT2Model"]), "the model's head gives [1, 1, 32], not logits"),
+        (tiny_model("gpt2", architectures=["GPT2ForSequenceClassification"]), "the model's head gives [1, 2]"),
+    ],
+    ids=["masked", "image", "headless", "classifier"],
+)
+def test_a_model_that_continues_no_text_is_refused_by_name(model: Model, message: str) -> None:
+    with pytest.raises(sat.HookCallError) as error:
+        sat.fill_sequence(model, torch.tensor([5, -1]))
+    assert message in str(error.value)
