@@ -1,6 +1,6 @@
 """What the hooks cost: GPT-2 (124M) from the library beside the same network written by hand, in one process.
 
-    python benchmarks/hook_overhead.py [--rounds 15] [--compile]
+    python benchmarks/hook_overhead.py [--rounds 15] [--only decode] [--compile]
 
 Forward and training step on 2 x 128 tokens, decoding 32 tokens after a prompt of 32; the same weights on both sides,
 which must give the same logits. The ratio is the median of the ratios within each round; 1.00 is a hook that is free.
@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="compile both with fullgraph=True (no decoding)")
+    parser.add_argument("--only", default="", help="the start of a table's title: forward, training or decode")
     options = parser.parse_args()
     library, by_hand = build()
     ids, prompt = torch.randint(0, VOCAB, (2, 128)), torch.randint(0, VOCAB, (1, 32))
@@ -100,22 +101,20 @@ def main() -> None:
 
         return run
 
-    print_table(
-        "forward, 2 x 128 tokens",
-        alternate({"library": forward(first), "by hand": forward(second)}, rounds=options.rounds),
-        baseline="by hand",
-    )
-    steps = {
-        "library": lambda: training_step(lambda x: first(x)[0], parameters["library"], ids),
-        "by hand": lambda: training_step(second, parameters["by hand"], ids),
-    }
-    print_table("training step, 2 x 128 tokens", alternate(steps, rounds=options.rounds), baseline="by hand")
-    if not options.compile:
-        decoding = {
+    runs: dict[str, dict[str, Callable[[], object]]] = {
+        "forward, 2 x 128 tokens": {"library": forward(first), "by hand": forward(second)},
+        "training step, 2 x 128 tokens": {
+            "library": lambda: training_step(lambda x: first(x)[0], parameters["library"], ids),
+            "by hand": lambda: training_step(second, parameters["by hand"], ids),
+        },
+        "decode, 32 + 32 tokens": {
             "library": lambda: decode_library(library, prompt, 32),
             "by hand": lambda: decode_by_hand(by_hand, prompt, 32),
-        }
-        print_table("decode, 32 + 32 tokens", alternate(decoding, rounds=options.rounds), baseline="by hand")
+        },
+    }
+    for title, candidates in runs.items():
+        if title.startswith(options.only) and not (options.compile and title.startswith("decode")):
+            print_table(title, alternate(candidates, rounds=options.rounds), baseline="by hand")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Shapes: b batch, s positions, h hidden size, d head size, t keys.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -93,13 +94,7 @@ def attention_fn(
 
 def mlp_forward(hidden_states: Tensor, **kw_args: Any) -> Tensor:
     """The MLP over `[b, s, h]`, each projection through `linear_forward`."""
-    linear_forward = kw_args["hooks"].linear_forward
-
-    def project(x: Tensor, linear: nn.Linear, name: str) -> Tensor:
-        projected: Tensor = linear_forward(x, linear, f"mlp.{name}", **kw_args)
-        return projected
-
-    result: Tensor = kw_args["layer"].mlp(hidden_states, project)
+    result: Tensor = kw_args["layer"].mlp(hidden_states, _projector("mlp", kw_args))
     return result
 
 
@@ -149,15 +144,35 @@ def _attend(
     kw_args: dict[str, Any],
 ) -> Tensor:
     """Project `[b, s, h]` to heads, let `attention_fn` mix them, project back."""
-    hooks = kw_args["hooks"]
-    linear_forward = hooks.linear_forward
-    q = linear_forward(hidden_states, block.query, f"{name}.query", **kw_args)
-    k = linear_forward(source, block.key, f"{name}.key", **kw_args)
-    v = linear_forward(source, block.value, f"{name}.value", **kw_args)
-    q, k, v = _heads(q, block.num_heads), _heads(k, block.num_kv_heads), _heads(v, block.num_kv_heads)
-    context = hooks.attention_fn(q, k, v, mask, block.dropout, cross_attention=cross_attention, **kw_args)
-    result: Tensor = linear_forward(context.transpose(1, 2).flatten(2), block.output, f"{name}.output", **kw_args)
-    return result
+    project = _projector(name, kw_args)
+    q = _heads(project(hidden_states, block.query, "query"), block.num_heads)
+    k = _heads(project(source, block.key, "key"), block.num_kv_heads)
+    v = _heads(project(source, block.value, "value"), block.num_kv_heads)
+    attention_fn = kw_args["hooks"].attention_fn
+    context = attention_fn(q, k, v, mask, block.dropout, cross_attention=cross_attention, **kw_args)
+    return project(context.transpose(1, 2).flatten(2), block.output, "output")
+
+
+def _projector(block: str, kw_args: dict[str, Any]) -> Callable[[Tensor, nn.Linear, str], Tensor]:
+    """What applies the projections of a block: the hook, or where no mixin answers it, the projection alone.
+
+    Cached decoding calls six projections a layer for little arithmetic each; the keywords of a hook that nobody
+    answers would be most of what they cost.
+    """
+    hook = kw_args["hooks"].linear_forward
+    if hook is linear_forward:
+        return _apply
+
+    def project(x: Tensor, linear: nn.Linear, name: str) -> Tensor:
+        projected: Tensor = hook(x, linear, f"{block}.{name}", **kw_args)
+        return projected
+
+    return project
+
+
+def _apply(x: Tensor, linear: nn.Linear, name: str) -> Tensor:
+    projected: Tensor = linear(x)
+    return projected
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

@@ -74,7 +74,7 @@ class Residual(nn.Module):
         """Dropout, then skipping the sublayer for whole rows (Huang et al. 2016)."""
         if not self.training:
             return change
-        change = self.dropout(change)
+        change = self.dropout(change) if self.dropout.p else change
         if self.drop_path == 0.0:
             return change
         kept = torch.rand(change.shape[0], 1, 1, device=change.device) >= self.drop_path
@@ -112,7 +112,10 @@ class TransformerLayer(nn.Module):
         The records are made here and returned, so that recomputing the layer for its gradient neither
         repeats an output nor loses its graph.
         """
-        this_layer, cross_layer = Outputs("output_this_layer"), Outputs("output_cross_layer", reserved=RESERVED)
+        this_layer, cross_layer = (
+            Outputs.empty("output_this_layer"),
+            Outputs.empty("output_cross_layer", reserved=RESERVED),
+        )
         hidden_states = hooks.layer_forward(
             hidden_states,
             mask,

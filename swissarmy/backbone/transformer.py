@@ -77,24 +77,25 @@ class Transformer(nn.Module):
         """
         kw_args = {**kw_args, "transformer": self, "hooks": hooks}
         hidden_states, for_all_layers = self._embed(position_ids, hooks, kw_args)
-        kw_args = _merged(kw_args, for_all_layers, Outputs("the call's keyword"))
+        kw_args = _merged(kw_args, for_all_layers, Outputs.empty("the call's keyword"))
         layer_kw_args, outputs_per_layers = kw_args, []
         recompute = checkpoint_every > 0 and kw_args["mems"] is None and torch.is_grad_enabled()
         for layer_id, layer in enumerate(self.layers):
             if recompute and layer_id % checkpoint_every == 0:
-                result = checkpoint(layer, hidden_states, mask, hooks, layer_kw_args, use_reentrant=False)
+                hidden_states, this_layer, cross_layer = checkpoint(
+                    layer, hidden_states, mask, hooks, layer_kw_args, use_reentrant=False
+                )
             else:
-                result = layer(hidden_states, mask, hooks, layer_kw_args)
-            hidden_states = result.hidden_states
-            outputs_per_layers.append(dict(result.output_this_layer))
-            layer_kw_args = _merged(kw_args, result.output_cross_layer, for_all_layers)
+                hidden_states, this_layer, cross_layer = layer(hidden_states, mask, hooks, layer_kw_args)
+            outputs_per_layers.append(this_layer.content)
+            layer_kw_args = _merged(kw_args, cross_layer, for_all_layers)
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
         return StackResult(hidden_states, tuple(outputs_per_layers), layer_kw_args)
 
     def _embed(self, given: Tensor | None, hooks: HookTable, kw_args: dict[str, Any]) -> tuple[Tensor, Outputs]:
         """The sum of the embeddings, `[b, s, h]`, and what the embedding hooks hand to every layer."""
-        outputs = Outputs("output_cross_layer", reserved=RESERVED)
+        outputs = Outputs.empty("output_cross_layer", reserved=RESERVED)
         context = {**kw_args, "given_position_ids": given, "output_cross_layer": outputs, "cross_layer_output": outputs}
         input_ids = context.pop("input_ids")
         hidden_states: Tensor = hooks.word_embedding_forward(input_ids, **context)
@@ -110,7 +111,9 @@ class Transformer(nn.Module):
             hidden_states = hidden_states + positions
         if self.embedding_norm is not None:
             hidden_states = self.embedding_norm(hidden_states)
-        return self.embedding_dropout(hidden_states), outputs
+        if self.training and self.embedding_dropout.p:
+            hidden_states = self.embedding_dropout(hidden_states)
+        return hidden_states, outputs
 
     def _norm(self) -> nn.Module:
         return make_norm(self.config.norm, self.config.hidden_size, self.config.norm_epsilon)
@@ -124,9 +127,9 @@ def _count(hidden_states: Tensor, mems: KVCache | None) -> Tensor:
 
 def _merged(kw_args: dict[str, Any], outputs: Outputs, earlier: Outputs) -> dict[str, Any]:
     """`kw_args` with what hooks handed on; a key that is already there is an error naming both writers."""
-    if not outputs:
+    if not outputs.content:
         return kw_args
     for key, writer in outputs.writers.items():
         if key in kw_args:
             raise clash(f"kw_args['{key}']", earlier.writers.get(key, "the caller"), writer)
-    return {**kw_args, **outputs}
+    return {**kw_args, **outputs.content}

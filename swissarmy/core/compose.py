@@ -37,7 +37,7 @@ class Chain:
         """Fold the chain into one callable."""
         call = default if self.plain is None else _answer(self.hook, self.plain)
         for link in reversed(self.wrappers):
-            call = _wrap(self.hook, link, call)
+            call = _answer(self.hook, link, call)
         return call
 
     def describe(self, default: str) -> str:
@@ -102,14 +102,33 @@ def _only_plain(hook: str, links: Sequence[Link]) -> Link | None:
     return next(iter(plain + replaceable), None)
 
 
-def _answer(hook: str, link: Link) -> Hook:
-    """The link's plain method, with its result checked and its errors signed."""
+def _answer(hook: str, link: Link, inner: Hook | None = None) -> Hook:
+    """The link's method, around `inner` if it is a wrapper, with its result checked and its errors signed.
+
+    What a wrapper calls as `old_impl` knows the keywords of the call: they reach the inner links even where the
+    wrapper names one in its signature, or passes none on; those it does pass replace them.
+    """
     spec, owner, method = HOOKS[hook], link.owner, link.method
+    by_position = (*spec.arguments, *spec.options)
+    keeps_keys = hook == "attention_fn" and link.mark.stage == "transform"
 
     def call(*arguments: Any, **kw_args: Any) -> Any:
         _sign_outputs(kw_args, owner)
         try:
-            result = method(*arguments, **kw_args)
+            if inner is None:
+                result = method(*arguments, **kw_args)
+            else:
+                num_keys = spec.argument(1, arguments, kw_args).shape[2] if keeps_keys else None
+
+                def old_impl(*again: Any, **changed: Any) -> Any:
+                    if num_keys is not None:
+                        _check_keys(owner, num_keys, spec.argument(1, again, changed), kw_args)
+                    named = {**kw_args, **changed}
+                    for name in by_position[: len(again)]:
+                        named.pop(name, None)
+                    return inner(*again, **named)
+
+                result = method(*arguments, old_impl=old_impl, **kw_args)
         except Exception as error:
             _sign(error, hook, owner, kw_args)
             raise
@@ -119,32 +138,6 @@ def _answer(hook: str, link: Link) -> Hook:
         return result
 
     return call
-
-
-def _wrap(hook: str, link: Link, inner: Hook) -> Hook:
-    """The link's wrapper around `inner`.
-
-    What the wrapper calls as `old_impl` knows the keywords of the call: they reach the inner links even where the
-    wrapper names one in its signature, or passes none on; those it does pass replace them.
-    """
-    spec, method = HOOKS[hook], link.method
-    by_position = (*spec.arguments, *spec.options)
-    keeps_keys = hook == "attention_fn" and link.mark.stage == "transform"
-
-    def wrap(*arguments: Any, **kw_args: Any) -> Any:
-        num_keys = spec.argument(1, arguments, kw_args).shape[2] if keeps_keys else None
-
-        def old_impl(*again: Any, **changed: Any) -> Any:
-            if num_keys is not None:
-                _check_keys(link.owner, num_keys, spec.argument(1, again, changed), kw_args)
-            named = {**kw_args, **changed}
-            for name in by_position[: len(again)]:
-                named.pop(name, None)
-            return inner(*again, **named)
-
-        return method(*arguments, old_impl=old_impl, **kw_args)
-
-    return _answer(hook, Link(link.owner, wrap, link.mark))
 
 
 def _check_keys(owner: str, expected: int, keys: Tensor, kw_args: Mapping[str, Any]) -> None:

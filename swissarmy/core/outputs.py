@@ -10,23 +10,34 @@ from swissarmy.core.errors import HookCallError
 class Outputs(MutableMapping[str, Any]):
     """A dict that remembers who wrote each key, and refuses a second writer.
 
-    `written_by` gives a view on the same values for another writer; one is made for each mixin that runs.
+    `written_by` gives a view of the same record for another writer; one is made for each mixin that runs.
     """
 
-    __slots__ = ("kind", "reserved", "values_by_key", "writer", "writers")
+    __slots__ = ("content", "kind", "reserved", "writer", "writers")
 
-    def __init__(self, kind: str, *, reserved: Collection[str] = ()) -> None:
-        """Make an empty record; `kind` names it in messages, and `reserved` keys are refused."""
-        self.kind, self.reserved = kind, reserved
-        self.writer = "the backbone"
-        self.values_by_key: dict[str, Any] = {}
-        self.writers: dict[str, str] = {}
+    def __init__(
+        self, kind: str, reserved: Collection[str], content: dict[str, Any], writers: dict[str, str], writer: str
+    ) -> None:
+        """Look at a record as one of its writers.
+
+        Args:
+            kind: What the record is called in messages.
+            reserved: Keys that are refused.
+            content: What was written.
+            writers: Who wrote each key.
+            writer: Who writes through this view.
+        """
+        self.kind, self.reserved, self.content = kind, reserved, content
+        self.writers, self.writer = writers, writer
+
+    @classmethod
+    def empty(cls, kind: str, *, reserved: Collection[str] = ()) -> "Outputs":
+        """A new record."""
+        return cls(kind, reserved, {}, {}, "the backbone")
 
     def written_by(self, writer: str) -> "Outputs":
         """The same record, for `writer` to write to."""
-        view = Outputs(self.kind, reserved=self.reserved)
-        view.writer, view.values_by_key, view.writers = writer, self.values_by_key, self.writers
-        return view
+        return Outputs(self.kind, self.reserved, self.content, self.writers, writer)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self.reserved:
@@ -37,19 +48,19 @@ class Outputs(MutableMapping[str, Any]):
         if first != self.writer:
             raise clash(f"{self.kind}['{key}']", first, self.writer)
         self.writers[key] = self.writer
-        self.values_by_key[key] = value
+        self.content[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self.values_by_key[key]
+        return self.content[key]
 
     def __delitem__(self, key: str) -> None:
-        del self.values_by_key[key], self.writers[key]
+        del self.content[key], self.writers[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_key)
+        return iter(self.content)
 
     def __len__(self) -> int:
-        return len(self.values_by_key)
+        return len(self.content)
 
 
 def clash(what: str, first: str, second: str) -> HookCallError:

@@ -2,15 +2,16 @@
 
 Changes: with `mems=KVCache(...)` in the call, keys and values of earlier calls are put before the new ones;
 projections of an encoder's output are computed once. Without `mems` it does nothing.
-Hooks: `attention_fn` (wraps, stage `cache`), `linear_forward` (wraps, in models with cross-attention).
+Hooks: `attention_fn` (wraps, stage `cache`), `cross_attention_forward` (wraps).
 Parameters: none; the state is the caller's.
 """
 
+from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor, nn
 
-from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.core.hooks import Hook, HookTable, non_conflict
 from swissarmy.core.mixin import BaseMixin
 
 ENCODER_PROJECTIONS = ("cross_attention.key", "cross_attention.value")
@@ -48,17 +49,36 @@ class CachedAutoRegressiveMixin(BaseMixin):
         return context
 
     @non_conflict
-    def linear_forward(self, x: Tensor, linear: nn.Module, name: str, *, old_impl: Hook, **kw_args: Any) -> Tensor:
-        """Project the encoder's output in the first step only."""
-        mems = kw_args["mems"]
-        if mems is None or name not in ENCODER_PROJECTIONS:
-            projected: Tensor = old_impl(x, linear, name, **kw_args)
+    def cross_attention_forward(
+        self,
+        hidden_states: Tensor,
+        cross_attention_mask: Any,
+        encoder_outputs: Tensor,
+        *,
+        old_impl: Hook,
+        **kw_args: Any,
+    ) -> Tensor:
+        """Project the encoder's output in the first step only, whatever mixins take part in the projection."""
+        if kw_args["mems"] is not None:
+            kw_args["hooks"] = _remembering(kw_args["hooks"])
+        attended: Tensor = old_impl(hidden_states, cross_attention_mask, encoder_outputs, **kw_args)
+        return attended
+
+
+def _remembering(hooks: HookTable) -> HookTable:
+    """The same hooks, except that projections of the encoder's output are computed once."""
+
+    def linear_forward(x: Tensor, linear: nn.Module, name: str, **kw_args: Any) -> Tensor:
+        if name not in ENCODER_PROJECTIONS:
+            projected: Tensor = hooks.linear_forward(x, linear, name, **kw_args)
             return projected
-        key = (kw_args["layer_id"], name)
-        if key not in mems.constants:
-            mems.constants[key] = old_impl(x, linear, name, **kw_args)
-        constant: Tensor = mems.constants[key]
+        constants, key = kw_args["mems"].constants, (kw_args["layer_id"], name)
+        if key not in constants:
+            constants[key] = hooks.linear_forward(x, linear, name, **kw_args)
+        constant: Tensor = constants[key]
         return constant
+
+    return replace(hooks, linear_forward=linear_forward)
 
 
 CachedAutoregressiveMixin = CachedAutoRegressiveMixin

@@ -4,7 +4,6 @@ Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`; the result is `[b, 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +39,12 @@ def attention(
         return _written_out(q, k, v, mask, dropout_fn, scale=scale, bias=bias, softcap=softcap)
     if bias is None and q.is_cuda and torch.compiler.is_compiling() and _has_hidden_blocks(mask):
         return flex(q, k, v, mask, dropout_fn, scale=scale)
-    sdpa = partial(
-        F.scaled_dot_product_attention,
-        dropout_p=dropout_fn.p if dropout_fn.training else 0.0,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+    dropout, grouped = dropout_fn.p if dropout_fn.training else 0.0, k.shape[1] != q.shape[1]
+    sdpa = F.scaled_dot_product_attention
     if bias is None and _is_square_causal(mask, q, k):
-        return sdpa(q, k, v, is_causal=True)
-    return sdpa(q, k, v, attn_mask=_score_mask(mask, q, k, bias))
+        return sdpa(q, k, v, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    visible = _score_mask(mask, q, k, bias)
+    return sdpa(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scale, enable_gqa=grouped)
 
 
 def _is_square_causal(mask: Mask, q: Tensor, k: Tensor) -> bool:

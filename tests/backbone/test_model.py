@@ -206,7 +206,7 @@ class Recorded(nn.Module):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.p = factor, 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor

@@ -292,7 +292,7 @@ def test_such_a_key_may_go_to_the_caller() -> None:
 
 
 def test_a_record_behaves_as_a_dict_that_knows_its_writers() -> None:
-    outputs = Outputs("output_this_layer")
+    outputs = Outputs.empty("output_this_layer")
     mine, yours = outputs.written_by("mine"), outputs.written_by("yours")
     mine["a"] = 1
     mine["a"] = 2
