@@ -68,7 +68,7 @@ class CachedAutoRegressiveMixin(BaseMixin):
 def _remembering(hooks: HookTable) -> HookTable:
     """The same hooks, except that projections of the encoder's output are computed once."""
 
-    def linear_forward(x: Tensor, linear: nn.Module, name: str, **kw_args: Any) -> Tensor:
+    def remembered(x: Tensor, linear: nn.Module, name: str, **kw_args: Any) -> Tensor:
         if name not in ENCODER_PROJECTIONS:
             projected: Tensor = hooks.linear_forward(x, linear, name, **kw_args)
             return projected
@@ -78,7 +78,7 @@ def _remembering(hooks: HookTable) -> HookTable:
         constant: Tensor = constants[key]
         return constant
 
-    return replace(hooks, linear_forward=linear_forward)
+    return replace(hooks, linear_forward=remembered)
 
 
 CachedAutoregressiveMixin = CachedAutoRegressiveMixin
