@@ -36,23 +36,28 @@ def position_embedding_forward(position_ids: Tensor, **kw_args: Any) -> None:
 
 
 def layer_forward(hidden_states: Tensor, mask: Mask, **kw_args: Any) -> Tensor:
-    """Attention, cross-attention when the backbone has it, MLP; `[b, s, h]` to `[b, s, h]`."""
+    """Attention, cross-attention when the backbone has it, MLP; `[b, s, h]` to `[b, s, h]`.
+
+    What a sublayer gives gets no name here: it would stay in memory, and in the way of the next one's, for nothing.
+    """
     layer, hooks = kw_args["layer"], kw_args["hooks"]
 
     residual = layer.attention_residual
-    change = hooks.attention_forward(residual.prepare(hidden_states), mask, **kw_args)
-    hidden_states = residual.add(hidden_states, change)
+    hidden_states = residual.add(
+        hidden_states, hooks.attention_forward(residual.prepare(hidden_states), mask, **kw_args)
+    )
 
     if layer.cross_attention is not None:
         residual = layer.cross_attention_residual
         rest = dict(kw_args)
         encoder_outputs, cross_mask = rest.pop("encoder_outputs", None), rest.pop("cross_attention_mask", None)
-        change = hooks.cross_attention_forward(residual.prepare(hidden_states), cross_mask, encoder_outputs, **rest)
-        hidden_states = residual.add(hidden_states, change)
+        hidden_states = residual.add(
+            hidden_states,
+            hooks.cross_attention_forward(residual.prepare(hidden_states), cross_mask, encoder_outputs, **rest),
+        )
 
     residual = layer.mlp_residual
-    change = hooks.mlp_forward(residual.prepare(hidden_states), **kw_args)
-    result: Tensor = residual.add(hidden_states, change)
+    result: Tensor = residual.add(hidden_states, hooks.mlp_forward(residual.prepare(hidden_states), **kw_args))
     return result
 
 
