@@ -52,7 +52,7 @@ class LearnedPositionsMixin(BaseMixin):
         return positions
 
     def _check_length(self, length: int) -> None:
-        longest = self.table.num_embeddings - (0 if self.padding_id is None else self.padding_id + 1)
+        longest = self.table.num_embeddings - self.first_position
         if length > longest:
             raise HookCallError(f"{length} tokens, and the model has {longest} positions: shorten the input.")
 
@@ -60,7 +60,7 @@ class LearnedPositionsMixin(BaseMixin):
         """Rows for the real tokens of this call, after those that a cache remembers."""
         assert self.padding_id is not None
         if input_ids is None:
-            return position_ids + self.padding_id + 1
+            return position_ids + self.first_position
         before = position_ids[:, :1]
         if padding_mask is not None:
             before = padding_mask[:, : -input_ids.shape[1]].long().sum(dim=1, keepdim=True)
