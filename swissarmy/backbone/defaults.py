@@ -6,13 +6,13 @@ Shapes: b batch, s positions, h hidden size, d head size, t keys.
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.layer import Attention
 from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import HookTable
 from swissarmy.nn.attention import attention
+from swissarmy.nn.linear import linear
 from swissarmy.nn.masks import Mask
 
 
@@ -122,7 +122,7 @@ def final_forward(hidden_states: Tensor, **kw_args: Any) -> Tensor:
         return logits
     if transformer.word_embeddings is None:
         return hidden_states
-    return F.linear(hidden_states, transformer.word_embeddings.weight)
+    return linear(hidden_states, transformer.word_embeddings.weight)
 
 
 DEFAULTS = HookTable(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.core.hooks import RESERVED, HookTable
 from swissarmy.core.outputs import Outputs
+from swissarmy.nn.linear import Linear
 from swissarmy.nn.masks import Mask
 from swissarmy.nn.mlp import MLP
 from swissarmy.nn.norms import make_norm
@@ -35,10 +36,10 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.kv_heads
         self.scale = config.attention_scale
         q_size, kv_size = self.num_heads * config.head_size, self.num_kv_heads * config.head_size
-        self.query = nn.Linear(config.hidden_size, q_size, bias=config.query_key_value_bias)
-        self.key = nn.Linear(source_size, kv_size, bias=config.query_key_value_bias)
-        self.value = nn.Linear(source_size, kv_size, bias=config.query_key_value_bias)
-        self.output = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
+        self.query = Linear(config.hidden_size, q_size, bias=config.query_key_value_bias)
+        self.key = Linear(source_size, kv_size, bias=config.query_key_value_bias)
+        self.value = Linear(source_size, kv_size, bias=config.query_key_value_bias)
+        self.output = Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
         self.dropout = nn.Dropout(config.attention_dropout)
 
 

@@ -12,6 +12,7 @@ from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import RESERVED, HookTable
 from swissarmy.core.outputs import Outputs, clash
 from swissarmy.nn.kv_cache import KVCache
+from swissarmy.nn.linear import Linear
 from swissarmy.nn.masks import Mask
 from swissarmy.nn.norms import make_norm
 
@@ -40,7 +41,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(config, layer_id) for layer_id in range(config.num_layers))
         self.final_norm = self._norm() if config.final_norm else None
         tied = config.tie_word_embeddings or not config.vocab_size
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,7 +7,6 @@ head that shares the word embedding reads it from the backbone.
 from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
@@ -15,6 +14,7 @@ from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.nn.activations import ACTIVATIONS
+from swissarmy.nn.linear import Linear, linear
 from swissarmy.nn.norms import make_norm
 
 Pooling = Literal["tokens", "first", "last", "mean", "first_two"]
@@ -45,7 +45,7 @@ class LMHeadMixin(BaseMixin):
     def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = False) -> None:
         """Make the projection."""
         super().__init__()
-        self.head = nn.Linear(hidden_size, vocab_size, bias=bias)
+        self.head = Linear(hidden_size, vocab_size, bias=bias)
         nn.init.normal_(self.head.weight, std=0.02)
 
     @classmethod
@@ -72,10 +72,10 @@ class MLMHeadMixin(BaseMixin):
         """Make the layer, the norm and the bias."""
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dense = Linear(hidden_size, hidden_size)
         self.norm = make_norm("layer", hidden_size, eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.decoder = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
+        self.decoder = None if tied else Linear(hidden_size, vocab_size, bias=False)
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
@@ -86,7 +86,7 @@ class MLMHeadMixin(BaseMixin):
         """Logits, `[b, s, vocab]`."""
         hidden_states = self.norm(self.activation(self.dense(hidden_states)))
         weights = kw_args["transformer"].word_embeddings if self.decoder is None else self.decoder
-        return F.linear(hidden_states, weights.weight, self.bias)
+        return linear(hidden_states, weights.weight, self.bias)
 
 
 @final
@@ -97,7 +97,7 @@ class PoolerMixin(BaseMixin):
         """Make the layer."""
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.dense = nn.Linear(hidden_size, output_size or hidden_size)
+        self.dense = Linear(hidden_size, output_size or hidden_size)
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
@@ -143,12 +143,12 @@ class ClassificationHeadMixin(BaseMixin):
         """
         super().__init__()
         self.pooling, self.padding_id = pooling, padding_id
-        self.dense = None if activation is None else nn.Linear(hidden_size, hidden_size)
+        self.dense = None if activation is None else Linear(hidden_size, hidden_size)
         self.activation = nn.Identity() if activation is None else ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(dropout if input_dropout is None else input_dropout)
-        self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
-        self.second = nn.Linear(hidden_size, num_labels, bias=bias) if pooling == "first_two" else None
+        self.classifier = Linear(hidden_size, num_labels, bias=bias)
+        self.second = Linear(hidden_size, num_labels, bias=bias) if pooling == "first_two" else None
 
     @classmethod
     def for_config(cls, config: TransformerConfig, *, num_labels: int = 2, **options: Any) -> Self:

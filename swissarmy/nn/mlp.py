@@ -6,6 +6,7 @@ from typing import final
 from torch import Tensor, nn
 
 from swissarmy.nn.activations import ACTIVATIONS
+from swissarmy.nn.linear import Linear
 
 
 @final
@@ -16,9 +17,9 @@ class MLP(nn.Module):
         """Make the projections; `activation` is a key of `ACTIVATIONS`."""
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate = Linear(hidden_size, intermediate_size, bias=bias) if gated else None
+        self.up = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor, project: Callable[[Tensor, nn.Linear, str], Tensor]) -> Tensor:
         """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated.
