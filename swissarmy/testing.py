@@ -1,13 +1,28 @@
-"""For tests, ours and yours: every family at a size that runs in milliseconds, and an input for it."""
+"""For tests, ours and yours: every family at a size that runs in milliseconds, an input for it, and several ranks."""
 
-from collections.abc import Mapping
-from typing import Any
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from swissarmy.backbone.model import BaseModel, Model
+from swissarmy.core.errors import SwissArmyError
 from swissarmy.models._family import build_model
+
+T = TypeVar("T")
 
 _DECODER = {
     "vocab_size": 61,
@@ -115,3 +130,161 @@ def tiny_inputs(model: Model, *, batch: int = 2, length: int = 9, seed: int = 1)
     if "pixel_values" in model.accepted:
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
     return {"input_ids": ids(length)}
+
+
+def run_distributed(fn: Callable[..., T], world_size: int, *args: Any, timeout: float = 120.0) -> list[T]:
+    """Call `fn(rank, world_size, *args)` in so many new processes that form a `gloo` group on this machine's CPU.
+
+    The group is torch's default one while `fn` runs: `torch.distributed` and `init_device_mesh("cpu", ...)` work as
+    they do under `torchrun`. When this returns or raises, every process is gone. Each begins by importing torch,
+    which takes a second or two, so a test does well to check several things in one call.
+
+    Args:
+        fn: A function at the top of a module, which the processes import.
+        world_size: How many processes; they share the machine's cores.
+        *args: For every rank; they travel by pickling.
+        timeout: Seconds for everything, the start of the processes included.
+
+    Returns:
+        What each rank returned, by rank; it travels by pickling, tensors by copy.
+
+    Raises:
+        SwissArmyError: `fn` or an argument cannot be sent, or `world_size` is below 1.
+        Exception: What the first rank to fail raised, with a note of the rank and its traceback.
+        ChildProcessError: A process died without a word; the message names the rank and the signal or exit code.
+        TimeoutError: The time was up; the message names the ranks that had not finished.
+    """
+    if world_size < 1:
+        raise SwissArmyError(f"world_size={world_size} must be at least 1.")
+    task = _pickled_task(fn, args)
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="swissarmy-ranks-") as folder:
+        ranks: list[_Rank] = []
+        try:
+            for rank in range(world_size):
+                ranks.append(_Rank.start(task, rank, world_size, Path(folder) / "store", timeout))
+            return _results(ranks, deadline, timeout)
+        finally:
+            for each in ranks:
+                each.end()
+
+
+class _Report(NamedTuple):
+    """What a rank says when it is done."""
+
+    result: Any
+    error: Exception | None
+    when: float
+    """On the clock that all processes of a machine share: what failed because of another failure comes later."""
+
+
+@final
+class _Rank:
+    """A process, and the pipe that its report comes through."""
+
+    def __init__(self, process: SpawnProcess, pipe: Connection) -> None:
+        self.process, self.pipe = process, pipe
+
+    @classmethod
+    def start(cls, task: bytes, rank: int, world_size: int, store: Path, timeout: float) -> "_Rank":
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch may hold
+        receiving, sending = spawn.Pipe(duplex=False)
+        arguments = (task, rank, world_size, str(store), timeout, sending)
+        process = spawn.Process(target=_work, args=arguments, name=f"rank {rank}")
+        process.start()
+        sending.close()  # the process holds the only end now: when it dies, the pipe says so
+        return cls(process, receiving)
+
+    def report(self) -> _Report | None:
+        """What the rank said, when it spoke or died; `None` if it died before it spoke."""
+        try:
+            report: _Report | None = pickle.loads(self.pipe.recv_bytes()) if self.pipe.poll() else None
+        except EOFError:
+            return None
+        return report
+
+    def cause_of_death(self) -> str:
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.pipe.close()
+
+
+def _pickled_task(fn: Callable[..., Any], args: Sequence[Any]) -> bytes:
+    try:
+        return pickle.dumps((fn, args))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise SwissArmyError(
+            f"other processes cannot be given {fn!r} or its arguments ({error}): use a function at the top of a "
+            "module, and arguments that pickle takes."
+        ) from error
+
+
+def _results(ranks: Sequence[_Rank], deadline: float, timeout: float) -> list[Any]:
+    """Wait for all ranks or the first failure."""
+    reports: dict[int, _Report] = {}
+    while len(reports) < len(ranks):
+        running = {rank: each for rank, each in enumerate(ranks) if rank not in reports}
+        ready = _wait(running, deadline)
+        if not ready:
+            names = ", ".join(map(str, running))
+            raise TimeoutError(f"{timeout:g} seconds are over, and of {len(ranks)} ranks these still ran: {names}.")
+        for rank in ready:
+            report = ranks[rank].report()
+            if report is None:  # what others say of a lost connection comes later and matters less
+                cause = ranks[rank].cause_of_death()
+                raise ChildProcessError(f"rank {rank} of {len(ranks)} died without a word: {cause}.")
+            reports[rank] = report
+        failed = [report for report in reports.values() if report.error is not None]
+        if failed:
+            error = min(failed, key=lambda report: report.when).error
+            assert error is not None
+            raise error
+    return [reports[rank].result for rank in range(len(ranks))]
+
+
+def _wait(running: Mapping[int, _Rank], deadline: float) -> list[int]:
+    """The ranks that spoke or died; none when the time is up."""
+    signs: list[Any] = [sign for each in running.values() for sign in (each.pipe, each.process.sentinel)]
+    ready = wait(signs, timeout=max(deadline - time.monotonic(), 0.0))
+    return [rank for rank, each in running.items() if each.pipe in ready or each.process.sentinel in ready]
+
+
+def _work(task: bytes, rank: int, world_size: int, store: str, timeout: float, pipe: Connection) -> None:
+    """What each process does: join the group, call the function, report."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    try:
+        fn, args = pickle.loads(task)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+        message = _packed(_Report(fn(rank, world_size, *args), None, time.monotonic()))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent raises it again
+        error.add_note(f"raised in rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        message = _packed_error(error)
+    pipe.send_bytes(message)  # before the group is left, which lets the other ranks fail
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _packed(report: _Report) -> bytes:
+    # plain pickling: what travels through multiprocessing's own keeps tensors in memory shared with a process that ends
+    return pickle.dumps(report)
+
+
+def _packed_error(error: Exception) -> bytes:
+    """The error, or one of a plain type with the same words where it cannot travel."""
+    when = time.monotonic()
+    try:
+        message = _packed(_Report(None, error, when))
+        pickle.loads(message)
+    except Exception:  # noqa: BLE001 - an exception's own way to be copied may fail in any way
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in error.__notes__:
+            plain.add_note(note)
+        return _packed(_Report(None, plain, when))
+    return message

@@ -1,4 +1,4 @@
-"""`sat eval`: measure how well a model predicts a text."""
+"""`sat eval`: measure how well a model predicts a text, or does on the tasks of lm-evaluation-harness."""
 
 import math
 import time
@@ -26,11 +26,26 @@ class EvalOptions(Options):
 
     path: CheckpointPath
     """A Hugging Face folder, a .gguf file, or the name of a model on the hub."""
-    perplexity: Path
+    perplexity: Path | None = None
     """A UTF-8 text file, to be predicted token by token."""
     stride: int | None = None
-    """For a text longer than the model's maximum: how far each window moves on. Smaller: more context, more time.
-    Half the maximum when left out."""
+    """With --perplexity, for a text longer than the model's maximum: how far each window moves on. Smaller: more
+    context, more time. Half the maximum when left out."""
+    tasks: str | None = None
+    """In place of --perplexity: names of tasks, groups and tags of lm-evaluation-harness, with commas between; * stands
+    for anything. Needs the extra `eval`."""
+    include_path: Path | None = None
+    """With --tasks: a folder with task files of your own. It may hold Python code, which is run."""
+    limit: int | None = None
+    """With --tasks: only so many examples of each, for trying out."""
+    num_fewshot: int | None = None
+    """With --tasks: how many solved examples stand before each question; as each task says when left out."""
+    apply_chat_template: bool = False
+    """With --tasks: put questions as turns of a conversation, for models that were trained on those."""
+    batch_size: int = 8
+    """With --tasks: how many requests are worked on at a time."""
+    output: Path | None = None
+    """With --tasks: a new file for the harness's whole report, each question and answer included, as JSON."""
     dtype: Dtype | None = None
     """The precision of the weights; as stored when left out (float32 for GGUF)."""
     device: Device = "cpu"
@@ -39,15 +54,35 @@ class EvalOptions(Options):
     """Print a JSON object instead."""
 
     def problems(self) -> Iterator[str]:
-        """Values outside their ranges."""
+        """Values outside their ranges, and flags that do not go together."""
+        if (self.perplexity is None) == (self.tasks is None):
+            yield "give --perplexity FILE or --tasks NAMES, one of them"
+        elif self.tasks is None:
+            for flag in ("include_path", "limit", "num_fewshot", "output"):
+                if getattr(self, flag) is not None:
+                    yield f"--{flag.replace('_', '-')} goes with --tasks"
+        elif self.stride is not None:
+            yield "--stride goes with --perplexity"
+        for flag, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                yield f"--{flag.replace('_', '-')} {value} must be at least {least}"
         if self.stride is not None and self.stride < 1:
             yield f"--stride {self.stride} must be at least 1"
 
 
 def run(options: EvalOptions) -> int:
     """Check everything that can be checked without the weights, load them, measure."""
-    data = read_text(options.perplexity, "--perplexity")
-    text = decode_text(data, str(options.perplexity))
+    if options.perplexity is not None:
+        return _run_perplexity(options, options.perplexity)
+    from swissarmy.cli.eval_tasks import run as run_tasks
+
+    assert options.tasks is not None
+    return run_tasks(options.tasks, options)
+
+
+def _run_perplexity(options: EvalOptions, file: Path) -> int:
+    text = decode_text(read_text(file, "--perplexity"), str(file))
     from swissarmy.interop.tokenizer import load_tokenizer
 
     outlined = outline_of_generator(options.path)
@@ -55,11 +90,11 @@ def run(options: EvalOptions) -> int:
     tokenizer = load_tokenizer(options.path)
     ids = tokenizer.encode(text)
     if len(ids) < 2:
-        raise UsageError(f"{options.perplexity}: {len(ids)} tokens, and there must be two: the first begins the text.")
+        raise UsageError(f"{file}: {len(ids)} tokens, and there must be two: the first begins the text.")
     model = load_model(options.path, dtype=options.dtype, device=options.device)
     facts = {
         "path": options.path,
-        "file": str(options.perplexity),
+        "file": str(file),
         **measure(model, ids, stride=stride, num_bytes=scored_bytes(text, ids, tokenizer)),
     }
     if options.json:
@@ -120,10 +155,11 @@ def _table(facts: dict[str, Any]) -> Table:
 
 
 COMMAND = Command(
-    summary="measure how well a model predicts a text",
+    summary="measure how well a model predicts a text, or does on tasks",
     examples=(
         "sat eval openai-community/gpt2 --perplexity book.txt",
         "sat eval model.gguf --perplexity book.txt --stride 512 --json",
+        "sat eval model.gguf --tasks hellaswag,arc_easy --limit 100 --output report.json",
     ),
     options=EvalOptions,
     run=run,

@@ -1,29 +1,29 @@
 """`evaluate_perplexity`: how well a model predicts texts, summed over tokens.
 
-Rows are packed to the left first, so that neither padding nor a neighbour changes a number. The head runs inside a
-mixin, on the positions that are scored and a slice at a time: logits of a whole text never exist.
+Rows are packed to the left first, so that neither padding nor a neighbour changes a number. Logits of a whole text
+never exist: see `TargetScoresMixin`.
 Shapes: b rows, s tokens of the longest row, v vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, final, overload
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import HookCallError
-from swissarmy.core.hooks import Hook, non_conflict
-from swissarmy.core.mixin import BaseMixin
 from swissarmy.generation.packed_rows import SKIPPED, PackedRows, Rows, grid_of
+from swissarmy.generation.rank_sums import summed_over_ranks
+from swissarmy.generation.target_scores import TargetScoresMixin, check_predicts, scores_of_targets
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin
-from swissarmy.mixins.heads import ClassificationHeadMixin, NoHeadMixin, PoolerMixin
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Mask
 
-LOGITS_AT_ONCE = 1 << 25
-"""How many logits the head makes at a time: 128 MiB in float32."""
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 TOKENS_AT_ONCE = 1024
 """How many tokens of a window are read in one step."""
 
@@ -49,6 +49,7 @@ def evaluate_perplexity(
     invalid_slices: Iterable[slice] = ...,
     reduction: Literal["mean"] = ...,
     stride: int | None = ...,
+    process_group: "ProcessGroup | None" = ...,
     **kw_args: Any,
 ) -> Perplexity: ...
 
@@ -64,6 +65,7 @@ def evaluate_perplexity(
     *,
     reduction: Literal["none"],
     stride: int | None = ...,
+    process_group: "ProcessGroup | None" = ...,
     **kw_args: Any,
 ) -> Tensor: ...
 
@@ -78,9 +80,13 @@ def evaluate_perplexity(
     invalid_slices: Iterable[slice] = (),
     reduction: Literal["mean", "none"] = "mean",
     stride: int | None = None,
+    process_group: "ProcessGroup | None" = None,
     **kw_args: Any,
 ) -> Perplexity | Tensor:
     """Score each token by those before it; a row's first token is read and not scored.
+
+    Over ranks, each gives rows of its own, any number of them or none, and gets the result of all: sums of losses and
+    of tokens are added in float64, so that the number of ranks and the way rows are dealt change nothing.
 
     Args:
         model: A causal model, or an encoder-decoder (then `input_ids=` is its source, and each row of `tokens` its
@@ -96,104 +102,91 @@ def evaluate_perplexity(
         reduction: `mean`, or `none` for the loss of each token.
         stride: Read texts longer than the model's maximum in windows of that length, each so many tokens on: a token
             has the whole window before it less at most the stride. Windows are read piece by piece, with the cache.
+        process_group: The ranks that the rows are dealt over, such as `torch.distributed.group.WORLD`; every one of
+            them makes this call. When omitted, this process counts alone, whether or not it has others beside it. A
+            rank without rows leaves the model out, so a model whose forward pass is itself a joint one (sharded, say)
+            needs as many batches on every rank.
         **kw_args: For the model.
 
     Returns:
-        A `Perplexity`; with `reduction="none"` negative log-likelihoods in nats shaped like `tokens` (a list: padded
-        on the right), 0 where nothing was scored.
+        A `Perplexity`, the same on every rank; with `reduction="none"` negative log-likelihoods in nats of this rank's
+        own tokens, shaped like `tokens` (a list: padded on the right), 0 where nothing was scored.
 
     Raises:
-        HookCallError: No token to score, a model that does not predict the next token, or arguments that do not fit.
+        HookCallError: No token to score on any rank, a model that does not predict the next token, or arguments that
+            do not fit; on the other ranks, that one of them failed.
     """
-    if reduction not in ("mean", "none"):
-        raise HookCallError(f"reduction={reduction!r} is neither 'mean' nor 'none'.")
-    grid = grid_of(tokens, fill=-1).to(model.device)
-    counted = torch.ones_like(grid) if loss_mask is None else grid_of(loss_mask, fill=0).to(model.device)
-    packed = PackedRows.of(grid, counted)
-    count = int((packed.targets != SKIPPED).sum())
-    if count == 0:
+    scored = None
+    try:
+        if reduction not in ("mean", "none"):
+            raise HookCallError(f"reduction={reduction!r} is neither 'mean' nor 'none'.")
+        mixin = TargetScoresMixin(tuple(invalid_slices))
+        scored = _scored(model, mixin, tokens, attention_mask, position_ids, loss_mask, stride, kw_args)
+    finally:  # after an error too: the other ranks wait for this one's numbers
+        own = None if scored is None else (scored.nll, scored.num_tokens)
+        nll, count = summed_over_ranks(own, size=2, group=process_group, device=model.device)
+    if not count:
         raise HookCallError(
             "there is no token to score: a row's first token only begins it, and tokens below 0 and those with "
             "loss_mask 0 do not count."
         )
+    mean = nll / count
+    return scored.losses if reduction == "none" else Perplexity(_exp(mean), mean, int(count))
+
+
+class _Scored(NamedTuple):
+    """What this rank's tokens cost."""
+
+    losses: Tensor
+    """Shaped like the tokens."""
+    num_tokens: int
+    """How many were scored."""
+
+    @property
+    def nll(self) -> float:
+        """The sum, in nats."""
+        return float(self.losses.sum(dtype=torch.float64))
+
+
+def _scored(
+    model: Model,
+    mixin: TargetScoresMixin,
+    tokens: Rows,
+    attention_mask: Mask | Tensor | int | None,
+    position_ids: Tensor | None,
+    loss_mask: Rows | None,
+    stride: int | None,
+    kw_args: dict[str, Any],
+) -> _Scored:
+    """This rank's part."""
+    if not isinstance(tokens, Tensor) and not tokens:
+        return _Scored(torch.zeros(0, 0), 0)
+    grid = grid_of(tokens, fill=-1).to(model.device)
+    shape = tokens.shape if isinstance(tokens, Tensor) else grid.shape
+    counted = torch.ones_like(grid) if loss_mask is None else grid_of(loss_mask, fill=0).to(model.device)
+    packed = PackedRows.of(grid, counted)
+    count = int((packed.targets != SKIPPED).sum())
+    if count == 0:
+        return _Scored(torch.zeros(shape, device=model.device), 0)
     # a plain model that is not causal does not decode, and can still be scored under a mask of the caller's
     decoder, step_kw_args = (model, kw_args) if isinstance(model, BaseModel) else model.for_decoding(**kw_args)
-    _check(decoder, is_masked=attention_mask is not None)
-    decoder = decoder.with_mixin("perplexity-loss", _LossMixin(tuple(invalid_slices)))
+    check_predicts(decoder, is_masked=attention_mask is not None)
+    decoder = decoder.with_mixin("target-scores", mixin)
     if _needs_windows(decoder, packed, stride, has_own_mask=attention_mask is not None or position_ids is not None):
         assert stride is not None
         losses = _strided(decoder, packed, stride, step_kw_args)
     else:
         where = packed.where(attention_mask, position_ids)
-        losses = _losses(decoder, packed.tokens, targets=packed.targets, **where, **step_kw_args)
-    if reduction == "none":
-        return packed.unpack(losses).view(tokens.shape if isinstance(tokens, Tensor) else grid.shape)
-    nll = losses.sum(dtype=torch.float64) / count
-    return Perplexity(float(nll.exp()), float(nll), count)
+        losses = scores_of_targets(decoder, packed.tokens, packed.targets, **where, **step_kw_args).losses
+    return _Scored(packed.unpack(losses).view(shape), count)
 
 
-@final
-class _LossMixin(BaseMixin):
-    """In place of logits `[b, s, v]`, what each target costs, `[b, s]`: the head runs on a few positions at a time.
-
-    Hooks: `final_forward` (wraps). Parameters: none.
-    """
-
-    def __init__(self, invalid_slices: Sequence[slice]) -> None:
-        """Set which ids cannot be predicted."""
-        super().__init__()
-        self.invalid_slices = invalid_slices
-
-    @non_conflict
-    def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, loss_targets: Tensor, **kw_args: Any) -> Tensor:
-        """Losses in nats, 0 where the target is `SKIPPED`; float32 at least."""
-        vocabulary = max(kw_args["transformer"].config.vocab_size, 1)
-        at_once = max(1, LOGITS_AT_ONCE // (len(hidden_states) * vocabulary))
-        exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        losses = hidden_states.new_zeros(loss_targets.shape, dtype=exact)
-        columns = (loss_targets != SKIPPED).any(dim=0).nonzero().flatten()
-        for chosen in torch.split(columns, at_once) if len(columns) else ():
-            logits = old_impl(hidden_states[:, chosen], **kw_args)
-            losses[:, chosen] = self._loss(logits, loss_targets[:, chosen], exact)
-        return losses
-
-    def _loss(self, logits: Any, targets: Tensor, exact: torch.dtype) -> Tensor:
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape or logits.shape[-1] <= targets.max():
-            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise HookCallError(
-                f"the model's head gives {shape} for targets {list(targets.shape)} up to id {int(targets.max())}: "
-                "perplexity needs logits [b, s, vocab]."
-            )
-        if self.invalid_slices:
-            ruled_out = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            for each in self.invalid_slices:
-                ruled_out[each] = True
-            logits = logits.masked_fill(ruled_out, float("-inf"))
-        flat = logits.flatten(0, 1).to(exact)
-        losses = F.cross_entropy(flat, targets.flatten(), ignore_index=SKIPPED, reduction="none")
-        return losses.view(targets.shape)
-
-
-def _check(decoder: BaseModel, *, is_masked: bool) -> None:
-    """Refuse models that do not say what comes next."""
-    if not decoder.config.causal and not is_masked:
-        raise HookCallError(
-            "the model reads texts from both sides, so no token is predicted from those before it: perplexity needs "
-            "a causal model, an encoder-decoder, or an attention_mask that says what a token sees."
-        )
-    for kind in (ClassificationHeadMixin, PoolerMixin, NoHeadMixin):
-        name = decoder.find_mixin(kind)
-        if name is not None:
-            raise HookCallError(
-                f"the model's head '{name}' ({kind.__name__}) gives no logits over the vocabulary: perplexity needs "
-                "a language model."
-            )
-
-
-def _losses(decoder: BaseModel, tokens: Tensor, *, targets: Tensor, **kw_args: Any) -> Tensor:
-    """What each target costs, `[b, s]`."""
-    losses: Tensor = decoder(tokens, loss_targets=targets, **kw_args)[0]
-    return losses
+def _exp(nll: float) -> float:
+    """`exp`, infinite where no float is large enough."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def _needs_windows(decoder: BaseModel, packed: PackedRows, stride: int | None, *, has_own_mask: bool) -> bool:
@@ -221,7 +214,8 @@ def _strided(decoder: BaseModel, packed: PackedRows, stride: int, kw_args: dict[
             wanted[:, -1] = SKIPPED  # the next window predicts that one
         blocks = [torch.split(each, TOKENS_AT_ONCE, dim=1) for each in (packed.tokens[:, start:stop], wanted)]
         for tokens, part in zip(*blocks, strict=True):
-            losses.append((start + len(cache), _losses(decoder, tokens, targets=part, mems=cache, **kw_args)))
+            first = start + len(cache)
+            losses.append((first, scores_of_targets(decoder, tokens, part, mems=cache, **kw_args).losses))
     total = losses[0][1].new_zeros(targets.shape)
     for first, part in losses:
         total[:, first : first + part.shape[1]] += part

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import swissarmy as sat
-from swissarmy.generation import autoregressive_sampling
+from swissarmy.generation import autoregressive_sampling, target_scores
 from swissarmy.generation import perplexity as module
 from swissarmy.generation.perplexity import evaluate_perplexity
 from swissarmy.testing import tiny_model
@@ -130,7 +130,7 @@ def test_masks_and_positions_move_with_the_tokens(left: bool) -> None:
 def test_a_window_that_holds_the_text_equals_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model(family).double(), ids(2, 64)
     torch.testing.assert_close(losses(model, tokens, stride=5), losses(model, tokens), atol=0, rtol=0)
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 300)
+    monkeypatch.setattr(target_scores, "LOGITS_AT_ONCE", 300)
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 10)
     torch.testing.assert_close(losses(model, tokens, stride=5), losses(model, tokens), atol=1e-9, rtol=1e-9)
 
@@ -185,7 +185,7 @@ def test_an_encoder_decoder_scores_the_target() -> None:
         (torch.ones(2, 4, dtype=torch.long), {"position_ids": torch.ones(5)}, "position_ids"),
         (torch.ones(2, 4, dtype=torch.long), {"reduction": "sum"}, "reduction='sum'"),
         (torch.ones(2, 2, 4, dtype=torch.long), {}, "tokens and loss_mask are"),
-        ([], {}, "at least one"),
+        ([], {}, "no token to score"),
         (ids(100), {"stride": 0}, "stride=0"),
         (ids(10), {"stride": 64}, "below 64"),
         (ids(100), {"stride": 8, "attention_mask": -1}, "leave attention_mask"),
