@@ -18,7 +18,15 @@ from swissarmy.nn.masks import Mask
 
 def word_embedding_forward(input_ids: Tensor | None, **kw_args: Any) -> Tensor:
     """`[b, s]` token ids to `[b, s, h]`."""
-    table = kw_args["transformer"].word_embeddings
+    return look_up(kw_args["transformer"].word_embeddings, input_ids)
+
+
+def look_up(table: nn.Module | None, input_ids: Tensor | None) -> Tensor:
+    """The rows of a table that has `num_embeddings` of them, `[b, s]` to `[b, s, h]`.
+
+    Raises:
+        HookCallError: There is no table, or an id is outside it.
+    """
     if table is None or input_ids is None:
         raise HookCallError("the model needs input_ids [b, s], and a vocabulary to look them up in.")
     try:

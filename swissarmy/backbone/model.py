@@ -49,12 +49,12 @@ class Model(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.parameters()).device
+        return self._some_parameter().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the parameters."""
-        return next(self.parameters()).dtype
+        return self._some_parameter().dtype
 
     @abstractmethod
     def add_mixin(self, name: str, mixin: Any, part: str | None = None) -> Self:
@@ -71,6 +71,10 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def for_decoding(self, **kw_args: Any) -> tuple["BaseModel", dict[str, Any]]:
         """The model that decodes, and what it is called with in each step."""
+
+    def _some_parameter(self) -> nn.Parameter:
+        """The first that has a place; reduced weights leave those that they stand in for on the meta device."""
+        return next((each for each in self.parameters() if not each.is_meta), next(self.parameters()))
 
     def freeze_except(self, *patterns: str) -> Self:
         """Train only the parameters whose names match (`"mixins.lora"`, `"*.layers.11.*"`); freeze all others."""
@@ -90,6 +94,20 @@ class Model(nn.Module, ABC):
         from swissarmy.interop.save import save_pretrained  # upward, so at call time: loading needs no saving
 
         save_pretrained(self, Path(folder))
+
+    def save_adapter(self, folder: str | Path, name: str | None = None) -> None:
+        """Write a `LoRAMixin` of this model as PEFT does; `sat.load_adapter` and `peft` read it.
+
+        Args:
+            folder: A new folder.
+            name: The mixin; may be left out where there is one only.
+
+        Raises:
+            CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
+        """
+        from swissarmy.interop.peft import save_adapter  # upward, as in save_pretrained
+
+        save_adapter(self, Path(folder), name=name)
 
 
 class BaseModel(Model):

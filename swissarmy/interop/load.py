@@ -23,8 +23,10 @@ from swissarmy.interop.matching import allowed, assign, report
 from swissarmy.interop.mixin_folder import add_mixins
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.tensor_source import TensorSource
+from swissarmy.mixins.reduced_weights import check_kind, reduce_weights
 from swissarmy.models._family import build_model
 from swissarmy.nn.norms import RMSNorm
+from swissarmy.nn.reduced_linear import Kind
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model", "mixins/*")
 
@@ -34,6 +36,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantize: Kind | None = None,
     mixins: Mapping[str, BaseMixin] | None = None,
     allow_missing: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
@@ -44,6 +47,8 @@ def load(
         path: A Hugging Face folder, the name of a model on the hub, or a `.gguf` file.
         dtype: The precision of the parameters; as stored when omitted (float32 for GGUF).
         device: Where they go.
+        quantize: `"fp16"`, `"int8"` or `"int4"`: hold the projections, the word embedding and the head in so many bits,
+            for inference or for training mixins on top. The model cannot be saved then.
         mixins: Mixins to add, by name; their weights are read too where the folder has them.
         allow_missing: Patterns of parameters that the checkpoint may lack (`"mixins.head.*"`); they start anew.
         overrides: Fields of the configuration to change before building (`{"num_labels": 3}`).
@@ -53,6 +58,7 @@ def load(
         ConfigError: A configuration that is not understood.
     """
     _check_options(dtype, device, mixins, allow_missing)
+    kind = None if quantize is None else check_kind(quantize)
     values, source, where = open_checkpoint(path, dtype)
     with torch.device("meta"):
         model = build_model(_overridden(values, overrides or {}), where=where)
@@ -63,6 +69,8 @@ def load(
     for name in plan.missing:
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
     add_mixins(model, mixins or {}, Path(where).parent, allow_missing)
+    if kind is not None:
+        reduce_weights(model, kind)
     return model.eval()
 
 

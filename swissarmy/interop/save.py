@@ -32,6 +32,7 @@ def save_pretrained(model: Model, folder: Path) -> None:
     """
     source = model.source or _plain_source(model)
     parameters = dict(model.named_parameters())
+    _check_present(parameters)
     weight_map: WeightMap = source.family.weights(source.config)
     own = {name: parameters[name] for name in parameters if name in source.own_names}
     entries = weight_map.entries(own)
@@ -55,6 +56,16 @@ def _their_tensors(
         names = [entry.theirs, *(name for name, original in copies.items() if original == entry.theirs)]
         for name in names:
             yield name, LazyTensor(shape=shape, dtype=parts[0].dtype, make=partial(entry.rule.join, parts))
+
+
+def _check_present(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose weights were let go, as `sat.load(..., quantize=...)` does."""
+    gone = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+    if gone is not None:
+        raise CheckpointError(
+            f"'{gone}' has no values: weights that were reduced (quantize=...) cannot be saved. Load without quantize, "
+            "or save what was trained on top with save_adapter."
+        )
 
 
 def _check_complete(source: Source, model: Model, parameters: Mapping[str, Tensor]) -> None:

@@ -37,12 +37,12 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-MKL_WOULD_SERVE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+MKL_WOULD_SERVE = bool(torch._C.has_mkl and torch._C._has_mkldnn)
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes this product, and is worth it."""
-    return (
+    return bool(
         weight.numel() >= WORTH_CHOOSING
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
