@@ -1,7 +1,7 @@
 """`sat generate`: continue texts."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -17,6 +17,8 @@ from swissarmy.core.errors import ConfigError
 if TYPE_CHECKING:
     from swissarmy.backbone.model import Model
     from swissarmy.data.tokenizer import Tokenizer
+    from swissarmy.generation.constraints import Constraint
+    from swissarmy.generation.strategies import Strategy
     from swissarmy.generation.text import Generation
 
 
@@ -33,6 +35,14 @@ class GenerateOptions(SamplingOptions):
     """The most tokens that each prompt gets."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text that ends the answer, and is not printed. Several may be given."""
+    num_beams: int | None = None
+    """Search with so many beams for the likeliest text, instead of choosing or drawing token after token."""
+    penalty_alpha: float | None = None
+    """Contrastive search among the --top-k (4) likeliest tokens: what likeness to the text before costs, 0 to 1."""
+    regex: str | None = None
+    """The new text matches this regular expression from beginning to end, if the tokens suffice."""
+    json_schema: Path | None = None
+    """A file with a JSON schema; the new text is JSON of it, if the tokens suffice."""
     max_time: float | None = None
     """Seconds after which a batch gets no further token."""
     batch_size: int | None = None
@@ -40,7 +50,7 @@ class GenerateOptions(SamplingOptions):
     stream: bool = True
     """Print the text of a single prompt as it comes."""
     progress: bool = True
-    """Show a bar on standard error while several batches run, if that is a terminal."""
+    """Show a bar on standard error, if that is a terminal: of the batches, or of the tokens if there is one."""
     json: bool = False
     """Print a JSON object for each prompt instead, with its tokens and their log-probabilities."""
 
@@ -57,6 +67,39 @@ class GenerateOptions(SamplingOptions):
             yield f"--max-time {self.max_time} must be above 0 seconds"
         if self.batch_size is not None and self.batch_size < 1:
             yield f"--batch-size {self.batch_size} must be at least 1"
+        if self.regex is not None and self.json_schema is not None:
+            yield "--regex and --json-schema: give one of them"
+        yield from self._search_problems()
+
+    def _search_problems(self) -> Iterator[str]:
+        if self.num_beams is not None and self.num_beams < 1:
+            yield f"--num-beams {self.num_beams} must be at least 1"
+        if self.penalty_alpha is not None and not 0 <= self.penalty_alpha <= 1:
+            yield f"--penalty-alpha {self.penalty_alpha} must be between 0 and 1"
+        if self.num_beams is not None and self.penalty_alpha is not None:
+            yield "--num-beams and --penalty-alpha are two kinds of search: give one of them"
+        drawing = {"--temperature": self.temperature, "--top-p": self.top_p, "--seed": self.seed}
+        if self.num_beams is not None:
+            drawing["--top-k"] = self.top_k
+        given = [flag for flag, value in drawing.items() if value is not None]
+        if self.searches and given:
+            yield f"{given[0]}: a search draws nothing; leave it out"
+
+    @property
+    def searches(self) -> bool:
+        """Whether several texts are followed at a time, so that none can be shown before the end."""
+        return self.num_beams is not None or self.penalty_alpha is not None
+
+    def strategy(self, *, first_row: int = 0) -> "Strategy":
+        """A search where one is asked for."""
+        from swissarmy.generation.beam_search import BeamSearchStrategy
+        from swissarmy.generation.contrastive import ContrastiveStrategy
+
+        if self.num_beams is not None:
+            return BeamSearchStrategy(self.num_beams)
+        if self.penalty_alpha is not None:
+            return ContrastiveStrategy(self.penalty_alpha, self.top_k or 4)
+        return super().strategy(first_row=first_row)
 
 
 def run(options: GenerateOptions) -> int:
@@ -67,13 +110,35 @@ def run(options: GenerateOptions) -> int:
     outlined = outline_of_generator(options.path)
     tokenizer = load_tokenizer(options.path)
     check_lengths(outlined, tokenizer, prompts, options.max_new_tokens)
+    constraint = read_constraint(options, tokenizer)
     model = load_model(options.path, dtype=options.dtype, device=options.device)
-    if options.stream and len(prompts) == 1 and not options.json:
-        _stream(model, tokenizer, prompts[0], options)
+    if options.stream and len(prompts) == 1 and not (options.json or options.searches):
+        _stream(model, tokenizer, prompts[0], options, constraint)
     else:
-        for index, made in enumerate(_generations(model, tokenizer, prompts, options)):
+        for index, made in enumerate(_generations(model, tokenizer, prompts, options, constraint)):
             _print(prompts, index, made, tokenizer, options)
     return DONE
+
+
+def read_constraint(options: GenerateOptions, tokenizer: "Tokenizer") -> list["Constraint"]:
+    """What the new texts must be, if anything is asked of them.
+
+    Raises:
+        UsageError: The file cannot be read, or what is asked cannot be followed.
+        MissingExtraError: It needs the extra `constrained`.
+    """
+    from swissarmy.generation.constraints import json_schema_constraint, regex_constraint
+
+    flag = "--regex" if options.json_schema is None else f"--json-schema {options.json_schema}"
+    try:
+        if options.regex is not None:
+            return [regex_constraint(tokenizer, options.regex)]
+        if options.json_schema is not None:
+            schema = decode_text(read_text(options.json_schema, "--json-schema"), str(options.json_schema))
+            return [json_schema_constraint(tokenizer, schema)]
+    except ConfigError as error:
+        raise UsageError(f"{flag}: {error}") from error
+    return []
 
 
 def read_prompts(options: GenerateOptions) -> list[str]:
@@ -119,45 +184,47 @@ def check_lengths(model: "Model", tokenizer: "Tokenizer", prompts: Sequence[str]
             )
 
 
-def _settings(options: GenerateOptions, *, first_row: int = 0) -> dict[str, Any]:
+def _settings(options: GenerateOptions, constraint: Sequence["Constraint"], *, first_row: int = 0) -> dict[str, Any]:
     return {
         "max_new_tokens": options.max_new_tokens,
-        "strategy": options.strategy(first_row=first_row),
+        "strategy": options.strategy(first_row=first_row).with_processors(constraint),
         "stop": options.stop,
         "max_time": options.max_time,
     }
 
 
-def _stream(model: "Model", tokenizer: "Tokenizer", prompt: str, options: GenerateOptions) -> None:
+def _stream(
+    model: "Model", tokenizer: "Tokenizer", prompt: str, options: GenerateOptions, constraint: Sequence["Constraint"]
+) -> None:
     from swissarmy.generation.text import stream
 
-    for piece in stream(model, tokenizer, prompt, **_settings(options)):
+    for piece in stream(model, tokenizer, prompt, **_settings(options, constraint)):
         print(piece, end="", flush=True)
     print()
 
 
 def _generations(
-    model: "Model", tokenizer: "Tokenizer", prompts: Sequence[str], options: GenerateOptions
+    model: "Model",
+    tokenizer: "Tokenizer",
+    prompts: Sequence[str],
+    options: GenerateOptions,
+    constraint: Sequence["Constraint"],
 ) -> Iterator["Generation"]:
     """Each prompt's text, batch after batch; log-probabilities only where they are asked for."""
+    from swissarmy.generation.progress import bar
     from swissarmy.generation.text import Generation, generate, generate_with_logprobs
 
     size = options.batch_size or len(prompts)
     starts = range(0, len(prompts), size)
-    for start in _with_bar(starts, options.progress and len(starts) > 1):
-        batch, settings = prompts[start : start + size], _settings(options, first_row=start)
-        if options.json:
-            yield from generate_with_logprobs(model, tokenizer, batch, **settings)
-        else:
-            yield from (Generation(text, [], [], "end") for text in generate(model, tokenizer, batch, **settings))
-
-
-def _with_bar(starts: Sequence[int], wanted: bool) -> Iterable[int]:
-    """The same numbers; a bar on standard error, if that is a terminal, shows how many are done."""
-    from rich.progress import track
-
-    console = output.console(stderr=True)
-    return track(starts, "generating", console=console, disable=not (wanted and console.is_terminal), transient=True)
+    with bar(len(starts), shown=options.progress and len(starts) > 1) as report:
+        for done, start in enumerate(starts):
+            report(done)
+            batch, settings = prompts[start : start + size], _settings(options, constraint, first_row=start)
+            settings["progress"] = options.progress and len(starts) == 1
+            if options.json:
+                yield from generate_with_logprobs(model, tokenizer, batch, **settings)
+            else:
+                yield from (Generation(text, [], [], "end") for text in generate(model, tokenizer, batch, **settings))
 
 
 def _print(
@@ -200,6 +267,7 @@ COMMAND = Command(
         'sat generate openai-community/gpt2 --prompt "Once upon a time" --max-new-tokens 40',
         'sat generate model.gguf --prompt "A haiku:" --temperature 0.8 --top-p 0.9 --seed 1',
         "cat story.txt | sat generate ./my-model --prompt - --json",
+        'sat generate ./my-model --prompt "Is it true? " --regex "yes|no"',
     ),
     options=GenerateOptions,
     repeatable=("--prompt", "--stop"),

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import HookCallError
+from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.generation.grid import GAP, Grid, put_back, rows_of_padded
 from swissarmy.generation.perplexity import evaluate_perplexity
 from swissarmy.generation.step_inputs import LogAttentionWeightsMixin, MasksAndPositions, StepInputs
-from swissarmy.generation.strategies import GreedyStrategy, Strategy
+from swissarmy.generation.strategies import GreedyStrategy, Strategy, check_strategy
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin
 from swissarmy.mixins.heads import LMHeadMixin
 from swissarmy.nn.kv_cache import KVCache
@@ -38,7 +39,8 @@ def fill_sequence(
     """Generate every `-1` in sequences; given tokens stay, wherever they stand.
 
     Args:
-        model: A causal model, or an encoder-decoder (then `input_ids=` is its source and `seq` the target).
+        model: A causal model, or an encoder-decoder (then `input_ids=` is its source and `seq` the target). One in
+            training mode is in evaluation mode while it reads, so that there is no dropout.
         seq: Token ids `[len]` or `[b, len]`, or a list of `[len]` of any lengths; each row begins with a given token.
             A batch `[b, len]` may be padded, left or right: `padding_mask=[b, len]` is 1 at its tokens and gaps.
         batch_size: How many rows to make of a single sequence.
@@ -111,8 +113,9 @@ class _Run:
         max_memory_length: int | None = None,
         **options: Any,
     ) -> None:
-        decoder, step_kw_args = model.for_decoding(**kw_args)
-        self.grid = grid
+        self.model, self.grid = model, grid
+        with in_eval_mode(model):
+            decoder, step_kw_args = model.for_decoding(**kw_args)
         self.given = StepInputs.of(grid, step_kw_args, max_memory_length=max_memory_length, **options)
         self.inputs = self.given
         self.decoder = with_cache(decoder)
@@ -135,8 +138,10 @@ class _Run:
 
     def steps(self, strategy: Strategy) -> Iterator[tuple[Tensor, KVCache]]:
         """Yield tokens and cache after each column; a strategy's guesses are read along and kept if they come true."""
+        check_strategy(strategy)
         width = self.grid.tokens.shape[1]
         strategy.reset(len(self.tokens), self.tokens.device, self.grid.gaps)
+        self.decoder = strategy.attach(self.decoder)
         if self.tokens.shape[1] == width:
             self._feed(self.tokens[:, self.fed :])
             self._remember(0)
@@ -158,6 +163,8 @@ class _Run:
             if strategy.is_done:
                 return
             self._append_given(self._next_gap(self.tokens.shape[1]))
+        if strategy.reads_last_column and self.fed < width:
+            self._feed(self.tokens[:, self.fed :])
 
     def finish(self, strategy: Strategy) -> Tensor:
         """The strategy's result as rows `[n, len]`; what it forgot is read again."""
@@ -173,7 +180,8 @@ class _Run:
         """Read columns; logits of the last `keep`, `[b, keep, vocab]`."""
         stop = self.fed + tokens.shape[1]
         call = self.inputs.at(self.decoder, self.fed, stop, len(self.cache))
-        logits: Tensor = self.decoder(tokens.clamp(min=0), mems=self.cache, logits_to_keep=keep, **call)[0]
+        with in_eval_mode(self.model):
+            logits: Tensor = self.decoder(tokens.clamp(min=0), mems=self.cache, logits_to_keep=keep, **call)[0]
         self.fed = stop
         vocab = self.decoder.config.vocab_size
         if logits.dim() != 3 or (logits.shape[2] != vocab and self.decoder.find_mixin(LMHeadMixin) is None):

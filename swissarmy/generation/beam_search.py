@@ -159,11 +159,16 @@ class BeamSearchStrategy(Strategy):
 
     def _log_probabilities(self, logits: Tensor, tokens: Tensor, live: Tensor) -> Tensor:
         """`[b * beams, vocab]`; of the beams of rows that are over, anything."""
+        column, rows = tokens.shape[1], len(self.done)
         live = live & torch.isfinite(self.running.flatten())
-        check_logits(logits, live, tokens.shape[1])
+        check_logits(logits, live, column, times=len(tokens) // rows)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        processed = self.process(precise.log_softmax(dim=-1), tokens)
-        return processed.double().nan_to_num(nan=_NEVER, neginf=_NEVER)
+        processed = self.process(precise.log_softmax(dim=-1), tokens).double()
+        best = processed.amax(dim=-1).masked_fill(~live, _NEVER).view(rows, -1).amax(dim=-1)
+        ended = torch.tensor([any(groups) for groups in self.found], device=tokens.device)
+        going = live.view(rows, -1).any(dim=-1)  # a dead end is one only where nothing of the row was found
+        check_logits(best.masked_fill(ended & torch.isneginf(best), 0)[:, None], going, column)
+        return processed.nan_to_num(nan=_NEVER, neginf=_NEVER)
 
     def _generated(self, tokens: Tensor) -> Tensor:
         """Every live row has got one token in each step."""

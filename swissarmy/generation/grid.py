@@ -28,7 +28,7 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, seq: Tensor | Sequence[Tensor], batch_size: int, device: torch.device) -> "Grid":
         """Arrange sequences."""
-        rows = [row.to(device) for row in _rows(seq, batch_size)]
+        rows = [row.to(device) for row in as_rows(seq, batch_size)]
         contexts = [_context(row, index) for index, row in enumerate(rows)]
         shifts = [max(contexts) - context for context in contexts]
         width = max(shift + len(row) for shift, row in zip(shifts, rows, strict=True))
@@ -91,7 +91,12 @@ def put_back(tokens: Tensor, seq: Tensor, padding_mask: Tensor) -> Tensor:
     return result
 
 
-def _rows(seq: Tensor | Sequence[Tensor], batch_size: int) -> list[Tensor]:
+def as_rows(seq: Tensor | Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """Sequences as a list of `[len]`; a single one `batch_size` times.
+
+    Raises:
+        HookCallError: They have other dimensions, or there are none.
+    """
     rows = [seq] if isinstance(seq, Tensor) and seq.dim() == 1 else list(seq)
     if len(rows) == 1:
         rows = rows * batch_size

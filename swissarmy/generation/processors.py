@@ -5,6 +5,7 @@ where a row has none (before it begins and after it is over, in a batch of rows 
 The same function serves every strategy; your own is any callable of this form, given as `processors=[...]`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,14 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """`(logits [b, vocab], tokens [b, n]) -> logits [b, vocab]`."""
 
 _NEVER = float("-inf")
+
+
+class ProcessorOfARun(ABC):
+    """What makes a processor for each run, because it counts from where the run begins; given like a processor."""
+
+    @abstractmethod
+    def begin(self, end_tokens: Sequence[int]) -> LogitsProcessor:
+        """The processor of one run; its first call sees the tokens before the first that is chosen."""
 
 
 def temperature(value: float) -> LogitsProcessor:

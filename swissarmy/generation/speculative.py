@@ -6,7 +6,7 @@ Shapes: b rows, n tokens so far.
 """
 
 from collections.abc import Mapping
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from torch import Tensor
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import ConfigError
 from swissarmy.generation.autoregressive_sampling import with_cache
+from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.generation.grid import GAP
-from swissarmy.generation.strategies import GreedyStrategy, Strategy, TokenStrategy
+from swissarmy.generation.strategies import GreedyStrategy, TokenStrategy
+from swissarmy.generation.wrapping import WrappingStrategy
 from swissarmy.nn.kv_cache import KVCache
 
 
-class GuessingStrategy(Strategy):
+class GuessingStrategy(WrappingStrategy):
     """Another strategy, and a way to guess what it will choose; for one of your own, define `propose`."""
 
     def __init__(self, strategy: TokenStrategy | None = None, *, num_guesses: int) -> None:
@@ -33,32 +35,8 @@ class GuessingStrategy(Strategy):
             raise ConfigError(f"{type(strategy).__name__} cannot be guessed: it must choose one token for each row.")
         if num_guesses < 1:
             raise ConfigError(f"num_guesses={num_guesses} must be at least 1.")
-        super().__init__(strategy.end_tokens)
-        self.strategy, self.num_guesses = strategy, num_guesses
-
-    def ending_at(self, end_tokens: Any) -> Self:
-        """The same strategy with these end tokens."""
-        other = super().ending_at(end_tokens)
-        other.strategy = self.strategy.ending_at(other.end_tokens)
-        return other
-
-    def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
-        """Begin a new batch."""
-        super().reset(batch_size, device, gaps)
-        self.strategy.reset(batch_size, device, gaps)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the strategy is."""
-        return self.strategy.is_done
-
-    def forward(self, logits: Tensor, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
-        """What the strategy chooses."""
-        return self.strategy.forward(logits, tokens, mems)
-
-    def finalize(self, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
-        """The strategy's result."""
-        return self.strategy.finalize(tokens, mems)
+        super().__init__(strategy)
+        self.num_guesses = num_guesses
 
 
 @final
@@ -131,7 +109,8 @@ class SpeculativeStrategy(GuessingStrategy):
     def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
         """Begin a new batch: the draft model has read nothing."""
         super().reset(batch_size, device, gaps)
-        decoder, self.step_kw_args = self.draft_model.for_decoding(**self.draft_kw_args)
+        with in_eval_mode(self.draft_model):
+            decoder, self.step_kw_args = self.draft_model.for_decoding(**self.draft_kw_args)
         self.decoder = with_cache(decoder)
         self.cache = KVCache(self.decoder.config.num_layers)
         self.read = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
@@ -158,5 +137,6 @@ class SpeculativeStrategy(GuessingStrategy):
             call["position_ids"] = (columns[:, kept:] - begins).clamp(min=0)
             call["padding_mask"] = columns >= begins
         fed = tokens[:, kept:].clamp(min=0)
-        logits: Tensor = self.decoder(fed, mems=self.cache, logits_to_keep=1, **call)[0]
+        with in_eval_mode(self.draft_model):
+            logits: Tensor = self.decoder(fed, mems=self.cache, logits_to_keep=1, **call)[0]
         return logits[:, -1].argmax(dim=-1)

@@ -5,12 +5,14 @@ Shapes: b rows, n tokens so far.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import final
 
+import torch
 from torch import Tensor
 
 from swissarmy.core.errors import HookCallError
 from swissarmy.generation.strategies import Strategy
+from swissarmy.generation.wrapping import WrappingStrategy
 from swissarmy.nn.kv_cache import KVCache
 
 
@@ -79,42 +81,34 @@ class Clock:
 
 
 @final
-class StoppingStrategy(Strategy):
+class StoppingStrategy(WrappingStrategy):
     """Another strategy, done as well when the time is up or every row's text is over."""
 
-    def __init__(self, inner: Strategy, clock: Clock, is_over: Callable[[Sequence[int]], bool], start: int) -> None:
+    def __init__(self, strategy: Strategy, clock: Clock, is_over: Callable[[Sequence[int]], bool], start: int) -> None:
         """Watch a strategy.
 
         Args:
-            inner: Chooses the tokens.
+            strategy: Chooses the tokens.
             clock: The time limit.
             is_over: Given the new tokens of a row, whether its text is over.
             start: The column of the first new token.
         """
-        super().__init__(inner.end_tokens)
-        self.inner, self.clock, self.is_over, self.start = inner, clock, is_over, start
+        super().__init__(strategy)
+        self.clock, self.is_over, self.start = clock, is_over, start
         self._all_over = False
 
-    def reset(self, *arguments: Any, **options: Any) -> None:
+    def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
         """Begin a new batch."""
+        super().reset(batch_size, device, gaps)
         self._all_over = False
-        self.inner.reset(*arguments, **options)
 
     @property
     def is_done(self) -> bool:
         """Whether nothing more is wanted."""
-        return self._all_over or self.inner.is_done or self.clock.is_over
-
-    def propose(self, tokens: Tensor) -> Tensor:
-        """What the strategy guesses."""
-        return self.inner.propose(tokens)
+        return self._all_over or super().is_done or self.clock.is_over
 
     def forward(self, logits: Tensor, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
         """Let the strategy choose, and look at the texts."""
-        grown, mems = self.inner.forward(logits, tokens, mems)
+        grown, mems = super().forward(logits, tokens, mems)
         self._all_over = all(self.is_over(row) for row in grown[:, self.start :].tolist())
         return grown, mems
-
-    def finalize(self, tokens: Tensor, mems: KVCache) -> tuple[Tensor, KVCache]:
-        """The strategy's result."""
-        return self.inner.finalize(tokens, mems)

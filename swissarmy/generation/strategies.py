@@ -11,15 +11,16 @@ from typing import Self, TypedDict, Unpack, final
 import torch
 from torch import Tensor
 
+from swissarmy.backbone.model import BaseModel
 from swissarmy.core.errors import ConfigError, HookCallError
-from swissarmy.generation.processors import LogitsProcessor, by_shape, by_tokens
+from swissarmy.generation.processors import LogitsProcessor, ProcessorOfARun, by_shape, by_tokens
 from swissarmy.nn.kv_cache import KVCache
 
 
 class StrategyOptions(TypedDict, total=False):
     """What every strategy takes by keyword; each is a function of `swissarmy.generation.processors`."""
 
-    processors: Sequence[LogitsProcessor]
+    processors: Sequence[LogitsProcessor | ProcessorOfARun]
     """Your own, after those that the other options make and before temperature and what follows it."""
     min_length: int
     """How many tokens a row gets at least before an end token."""
@@ -56,17 +57,28 @@ class Strategy(ABC):
         if self.min_length < 0:
             raise ConfigError(f"min_length={self.min_length} must not be negative.")
         own = list(options.pop("processors", ()))
-        self.processors: list[LogitsProcessor] = [*by_tokens(**options), *own]  # type: ignore[misc]
+        self.processors: list[LogitsProcessor | ProcessorOfARun] = [*by_tokens(**options), *own]  # type: ignore[misc]
         self.narrowing: list[LogitsProcessor] = []
         """What comes last: temperature, and the choice of the tokens that are drawn from."""
         self.ended: Tensor | None = None
         self.gaps: Tensor | None = None
+        self._of_this_run: list[LogitsProcessor] | None = None
 
     def ending_at(self, end_tokens: Iterable[int]) -> Self:
         """The same strategy with these end tokens."""
         other = copy.copy(self)
         other.end_tokens = tuple(end_tokens)
         return other
+
+    def with_processors(self, processors: Iterable[LogitsProcessor | ProcessorOfARun]) -> Self:
+        """The same strategy with these processors after its own, and before temperature and what follows it."""
+        other = copy.copy(self)
+        other.processors = [*self.processors, *processors]
+        return other
+
+    def attach(self, decoder: BaseModel) -> BaseModel:
+        """The model that a run decodes with: the one it has, or `decoder.with_mixin(...)` to see more than logits."""
+        return decoder
 
     def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
         """Begin a new batch.
@@ -78,11 +90,17 @@ class Strategy(ABC):
         """
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.gaps = gaps
+        self._of_this_run = self._begun()
 
     @property
     def is_done(self) -> bool:
         """Whether every row has ended."""
         return self.ended is not None and bool(self.end_tokens) and bool(self.ended.all())
+
+    @property
+    def reads_last_column(self) -> bool:
+        """Whether the last column is read too before `finalize`, for a choice that depends on what the model sees."""
+        return False
 
     def propose(self, tokens: Tensor) -> Tensor:
         """A guess of what follows tokens `[b, n]`, `[b, guessed]`; read along, and kept as far as it comes true."""
@@ -99,7 +117,7 @@ class Strategy(ABC):
     def process(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The logits `[b, vocab]` after all processors, in float32 or better."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        for processor in self.processors:
+        for processor in self._begun() if self._of_this_run is None else self._of_this_run:
             logits = processor(logits, tokens)
         if self.min_length and self.end_tokens:
             short = self._generated(tokens) < self.min_length
@@ -124,6 +142,16 @@ class Strategy(ABC):
             live = self.gaps[:, tokens.shape[1]]
         return live if self.ended is None else live & ~self.ended
 
+    def _note_ends(self, chosen: Tensor, live: Tensor) -> None:
+        """Live rows whose chosen token `[b]` is an end token have ended."""
+        if self.end_tokens and self.ended is not None:
+            ending = torch.isin(chosen, torch.tensor(self.end_tokens, device=chosen.device))
+            self.ended = self.ended | (ending & live)
+
+    def _begun(self) -> list[LogitsProcessor]:
+        """The processors; those that follow one run are made for it."""
+        return [each.begin(self.end_tokens) if isinstance(each, ProcessorOfARun) else each for each in self.processors]
+
     def _generated(self, tokens: Tensor) -> Tensor:
         """How many tokens of each row were chosen, `[b]`; all of them where no gaps are known."""
         return ((tokens >= 0) if self.gaps is None else self.gaps[:, : tokens.shape[1]]).sum(dim=1)
@@ -146,8 +174,7 @@ class TokenStrategy(Strategy):
         chosen = self.choose(processed, live)
         if self.end_tokens and self.ended is not None:
             chosen = torch.where(self.ended, self.end_tokens[0], chosen)
-            ending = torch.isin(chosen, torch.tensor(self.end_tokens, device=chosen.device))
-            self.ended = self.ended | (ending & live)
+        self._note_ends(chosen, live)
         return torch.cat((tokens, chosen[:, None]), dim=1), mems
 
     @abstractmethod
@@ -165,7 +192,7 @@ class GreedyStrategy(TokenStrategy):
 
 @final
 class SamplingStrategy(TokenStrategy):
-    """A token drawn from the probabilities. With a seed, a row's draws do not depend on the other rows."""
+    """A token drawn from the probabilities; a row's draws do not depend on the other rows."""
 
     def __init__(
         self,
@@ -187,7 +214,7 @@ class SamplingStrategy(TokenStrategy):
             top_p: Draw only from the most likely tokens that together reach this probability.
             min_p: Draw only from tokens at least so many times as likely as the most likely one.
             typical_p: Draw only from the tokens of the most typical surprise that together reach this probability.
-            seed: Makes the draws repeatable.
+            seed: Makes the draws repeatable; without one they follow `torch.manual_seed`.
             end_tokens: Tokens that end a row.
             **options: As for every strategy, see `StrategyOptions`.
 
@@ -202,34 +229,57 @@ class SamplingStrategy(TokenStrategy):
     def reset(self, batch_size: int, device: torch.device, gaps: Tensor | None = None) -> None:
         """Begin a new batch: the same seed gives the same draws."""
         super().reset(batch_size, device, gaps)
-        self.generators = [torch.Generator() for _ in range(batch_size)]
-        for row, generator in enumerate(self.generators):
-            if self.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(self.seed + row)
+        self.generators = row_generators(self.seed, batch_size)
 
     def choose(self, logits: Tensor, live: Tensor) -> Tensor:
-        """By inverting the cumulated probabilities: one number a row decides, and never for an impossible token."""
-        cumulated = logits.softmax(dim=-1).double().cumsum(dim=-1)
-        drawn = torch.zeros(len(logits), 1, dtype=torch.float64)
+        numbers = torch.zeros(len(logits), dtype=torch.float64)
         for row in live.nonzero().flatten().tolist():  # a row that is given its token draws none, as if it were alone
-            drawn[row] = torch.rand((), generator=self.generators[row], dtype=torch.float64)
-        total = cumulated[:, -1:]
-        threshold = (drawn.to(logits.device) * total).minimum(total.nextafter(torch.zeros_like(total)))
-        return (cumulated > threshold).int().argmax(dim=-1)
+            numbers[row] = torch.rand((), generator=self.generators[row], dtype=torch.float64)
+        return draw(logits, numbers)
 
 
-def check_logits(logits: Tensor, live: Tensor, column: int) -> None:
-    """Refuse live rows of logits `[b, vocab]` from which no token can be chosen."""
+def check_strategy(strategy: object) -> None:
+    """Refuse what cannot choose tokens one after another.
+
+    Raises:
+        HookCallError: It is no strategy, or one that fills all gaps at once.
+    """
+    if not isinstance(strategy, Strategy):
+        name = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
+        raise HookCallError(
+            f"strategy={name} is not an instance of sat.Strategy, such as sat.GreedyStrategy(); "
+            "sat.IterativeEntropyFilterStrategy is for sat.fill_sequence_in_parallel."
+        )
+
+
+def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    """A source of random numbers for each row; without a seed they follow torch's own, which gives one number."""
+    first = int(torch.randint(2**62, ())) if seed is None else seed
+    return [torch.Generator().manual_seed(first + row) for row in range(rows)]
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """The token `[b]` that each of the numbers `[b]`, in [0, 1), picks from the probabilities of logits `[b, vocab]`.
+
+    By inverting the cumulated probabilities: one number a row decides, and never for an impossible token.
+    """
+    cumulated = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    total = cumulated[:, -1:]
+    threshold = (numbers[:, None].to(logits.device) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return (cumulated > threshold).int().argmax(dim=-1)
+
+
+def check_logits(logits: Tensor, live: Tensor, column: int, *, times: int = 1) -> None:
+    """Refuse live rows of logits `[b * times, vocab]` from which no token can be chosen."""
     best = torch.where(live, logits.amax(dim=-1), 0)
     if torch.isfinite(best).all():
         return
-    row = int((~torch.isfinite(best)).nonzero()[0])
-    if torch.isneginf(best[row]):
+    place = int((~torch.isfinite(best)).nonzero()[0])
+    row = place // times
+    if torch.isneginf(best[place]):
         raise HookCallError(
             f"every token is ruled out in row {row}, column {column}: the model's logits are all -inf, or the "
             "strategy's processors leave nothing to choose."
         )
-    kind = "NaN" if torch.isnan(best[row]) else "infinite values"
+    kind = "NaN" if torch.isnan(best[place]) else "infinite values"
     raise HookCallError(f"the logits of row {row}, column {column} hold {kind}: the model or its input is broken.")

@@ -1,18 +1,21 @@
 """`generate` and `stream`: text in, text out."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from swissarmy.backbone.model import Model
-from swissarmy.core.errors import HookCallError
+from swissarmy.core.errors import ConfigError, HookCallError
 from swissarmy.generation.autoregressive_sampling import GAP, Grid, fill_sequence, steps
+from swissarmy.generation.constraints import json_schema_constraint, regex_constraint
+from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.generation.perplexity import evaluate_perplexity
+from swissarmy.generation.progress import ReportingStrategy, bar
 from swissarmy.generation.stopping import Clock, StoppingStrategy, StopStrings
-from swissarmy.generation.strategies import GreedyStrategy, Strategy
+from swissarmy.generation.strategies import GreedyStrategy, Strategy, check_strategy
 
 FinishReason = Literal["end", "stop", "length", "time"]
 
@@ -68,6 +71,9 @@ def generate(
     strategy: Strategy | None = None,
     stop: str | Sequence[str] = (),
     max_time: float | None = None,
+    regex: str | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
+    progress: bool = False,
     **kw_args: Any,
 ) -> list[str]:
     """Continue texts (for an encoder-decoder: answer them); rows end at the tokenizer's end tokens.
@@ -80,6 +86,9 @@ def generate(
         strategy: Chooses the tokens; greedy when omitted.
         stop: A text ends before the first of these strings.
         max_time: Seconds after which no further token is begun.
+        regex: Each text that ends before `max_new_tokens` matches this regular expression, see `regex_constraint`.
+        json_schema: Each text that ends before `max_new_tokens` is JSON of this schema, see `json_schema_constraint`.
+        progress: Whether to show a bar on standard error, if that is a terminal.
         **kw_args: For the model, in every step.
 
     Returns:
@@ -87,8 +96,11 @@ def generate(
 
     Raises:
         HookCallError: A prompt without tokens, or a value outside its range.
+        ConfigError: A regular expression or schema that cannot be followed.
+        MissingExtraError: It needs the extra `constrained`.
     """
-    limits = _Limits(max_new_tokens, StopStrings(stop), Clock(max_time))
+    strategy = chooser(strategy, tokenizer, regex=regex, json_schema=json_schema)
+    limits = _Limits(max_new_tokens, StopStrings(stop), Clock(max_time), progress)
     return [row.text for row in _fill(model, tokenizer, prompts, strategy, limits, kw_args).rows]
 
 
@@ -101,6 +113,9 @@ def generate_with_logprobs(
     strategy: Strategy | None = None,
     stop: str | Sequence[str] = (),
     max_time: float | None = None,
+    regex: str | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
+    progress: bool = False,
     **kw_args: Any,
 ) -> list[Generation]:
     """What `generate` gives, with the tokens, how likely each was, and why the text ends.
@@ -108,12 +123,14 @@ def generate_with_logprobs(
     The log-probabilities come from reading the finished texts once more, all together: they are those of
     `evaluate_perplexity`, whatever the strategy. Arguments and errors are those of `generate`.
     """
-    limits = _Limits(max_new_tokens, StopStrings(stop), Clock(max_time))
+    strategy = chooser(strategy, tokenizer, regex=regex, json_schema=json_schema)
+    limits = _Limits(max_new_tokens, StopStrings(stop), Clock(max_time), progress)
     filled = _fill(model, tokenizer, prompts, strategy, limits, kw_args)
     if not any(row.tokens for row in filled.rows):
         return filled.rows
     texts = [torch.tensor([*context, *row.tokens]) for context, row in zip(filled.contexts, filled.rows, strict=True)]
-    losses = evaluate_perplexity(model, texts, reduction="none", **filled.extra, **kw_args)
+    with in_eval_mode(model):
+        losses = evaluate_perplexity(model, texts, reduction="none", **filled.extra, **kw_args)
     scored = []
     for row, context, loss in zip(filled.rows, filled.contexts, losses, strict=True):
         own = loss[len(context) : len(context) + len(row.tokens)]
@@ -131,16 +148,19 @@ def stream(
     strategy: Strategy | None = None,
     stop: str | Sequence[str] = (),
     max_time: float | None = None,
+    regex: str | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
     **kw_args: Any,
 ) -> Iterator[str]:
     """Continue one text and yield the new text piece by piece; the pieces together are what `generate` gives.
 
-    Arguments and errors are those of `generate`; a strategy that follows several texts at a time cannot be streamed.
+    Arguments and errors are those of `generate`, without a bar; a strategy that follows several texts at a time cannot
+    be streamed.
     """
     stops, clock = StopStrings(stop), Clock(max_time)
     if max_new_tokens == 0:
         return
-    strategy = ending(strategy, tokenizer)
+    strategy = chooser(strategy, tokenizer, regex=regex, json_schema=json_schema)
     rows, extra = _prepare(model, tokenizer, [prompt], max_new_tokens)
     start, decoder = int((rows[0] != GAP).sum()), tokenizer.stream()
     for tokens, _ in steps(model, Grid.of(rows, 1, model.device), strategy, **extra, **kw_args):
@@ -154,11 +174,12 @@ def stream(
 
 
 class _Limits(NamedTuple):
-    """When to stop, apart from end tokens."""
+    """When to stop, apart from end tokens; and whether a bar shows how far it is until then."""
 
     max_new_tokens: int
     stops: StopStrings
     clock: Clock
+    progress: bool
 
 
 class _Filled(NamedTuple):
@@ -175,26 +196,18 @@ def _fill(
     model: Model,
     tokenizer: TokenizerLike,
     prompts: str | Sequence[str],
-    strategy: Strategy | None,
+    strategy: Strategy,
     limits: _Limits,
     kw_args: dict[str, Any],
 ) -> _Filled:
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or limits.max_new_tokens == 0:
         return _Filled([Generation("", [], [], "length")] * len(texts), [[]] * len(texts), {})
-    strategy = ending(strategy, tokenizer)
     rows, extra = _prepare(model, tokenizer, texts, limits.max_new_tokens)
     contexts = [row[: -limits.max_new_tokens].tolist() for row in rows]
-
-    def is_over(new: Sequence[int]) -> bool:
-        ids = _new_ids(new, strategy.end_tokens)
-        return len(ids) < len(new) or limits.stops.cut(tokenizer.decode(ids)) is not None
-
-    chooser = strategy
-    if limits.stops.strings or limits.clock.deadline is not None:
-        watched = is_over if limits.stops.strings else lambda new: False
-        chooser = StoppingStrategy(strategy, limits.clock, watched, start=max(map(len, contexts)))
-    tokens, _ = fill_sequence(model, rows, strategy=chooser, **extra, **kw_args)
+    with bar(limits.max_new_tokens, shown=limits.progress) as report:
+        watched = _watched(strategy, tokenizer, limits, report, start=max(map(len, contexts)))
+        tokens, _ = fill_sequence(model, rows, strategy=watched, **extra, **kw_args)
     times = len(tokens) // len(rows)
     contexts = [context for context in contexts for _ in range(times)]
     extra = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in extra.items()}
@@ -203,6 +216,22 @@ def _fill(
         for row, context in zip(tokens, contexts, strict=True)
     ]
     return _Filled(made, contexts, extra)
+
+
+def _watched(
+    strategy: Strategy, tokenizer: TokenizerLike, limits: _Limits, report: Callable[[int], None], *, start: int
+) -> Strategy:
+    """The strategy, and around it what the limits ask for."""
+    if limits.progress:
+        strategy = ReportingStrategy(strategy, report, start)
+    if not limits.stops.strings and limits.clock.deadline is None:
+        return strategy
+
+    def is_over(new: Sequence[int]) -> bool:
+        ids = _new_ids(new, strategy.end_tokens)
+        return len(ids) < len(new) or limits.stops.cut(tokenizer.decode(ids)) is not None
+
+    return StoppingStrategy(strategy, limits.clock, is_over if limits.stops.strings else lambda new: False, start)
 
 
 def _generation(new: Sequence[int], tokenizer: TokenizerLike, end_tokens: Sequence[int], limits: _Limits) -> Generation:
@@ -254,9 +283,28 @@ def _start_token(model: Model) -> int:
     return 0
 
 
+def chooser(
+    strategy: Strategy | None,
+    tokenizer: TokenizerLike,
+    *,
+    regex: str | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
+) -> Strategy:
+    """The strategy with the tokenizer's end tokens, and within a constraint if there is one."""
+    strategy = ending(strategy, tokenizer)
+    if regex is not None and json_schema is not None:
+        raise ConfigError("regex and json_schema are two constraints: give one of them.")
+    if regex is not None:
+        return strategy.with_processors([regex_constraint(tokenizer, regex)])
+    if json_schema is not None:
+        return strategy.with_processors([json_schema_constraint(tokenizer, json_schema)])
+    return strategy
+
+
 def ending(strategy: Strategy | None, tokenizer: TokenizerLike) -> Strategy:
     """The strategy, ending rows where the tokenizer says so unless it has end tokens of its own."""
     strategy = strategy or GreedyStrategy()
+    check_strategy(strategy)
     return strategy if strategy.end_tokens else strategy.ending_at(tokenizer.eos_token_ids)
 
 

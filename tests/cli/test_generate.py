@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,68 @@ def test_generate_in_batches_is_generate_at_once(sat: Any, tiny: Path) -> None:
     assert sat(*options, "--batch-size", 1, "--no-progress") == sat(*options)
 
 
+@pytest.mark.parametrize(
+    ("flags", "strategy"),
+    [
+        (["--num-beams", "3"], lambda: swissarmy.BeamSearchStrategy(3)),
+        (["--penalty-alpha", "0.6"], lambda: swissarmy.ContrastiveStrategy(0.6, 4)),
+        (["--penalty-alpha", "0.3", "--top-k", "7"], lambda: swissarmy.ContrastiveStrategy(0.3, 7)),
+    ],
+)
+def test_generate_searches(sat: Any, tiny: Path, flags: list[str], strategy: Any) -> None:
+    texts = expected(tiny, "once", "a tiny model", max_new_tokens=6, strategy=strategy())
+    options = ["generate", tiny, "--max-new-tokens", 6, *flags]
+    assert sat(*options, "--prompt", "once") == (0, texts[0] + "\n", "")
+    assert sat(*options, "--prompt", "once", "a tiny model")[1] == f"> once\n{texts[0]}\n\n> a tiny model\n{texts[1]}\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--no-stream"], ["--num-beams", "2"], ["--temperature", "3", "--seed", "1"]])
+def test_generate_keeps_to_an_expression_or_a_schema(sat: Any, tiny: Path, tmp_path: Path, more: list[str]) -> None:
+    options = ["generate", tiny, "--prompt", "once", "--max-new-tokens", 20, *more]
+    code, out, err = sat(*options, "--regex", "(time|tiny)( é)?")
+    assert (code, err) == (0, "")
+    assert re.fullmatch("(time|tiny)( é)?\n", out)
+    (tmp_path / "schema.json").write_text(
+        '{"type": "object", "properties": {"a": {"enum": [1, "é"]}}, "required": ["a"]}'
+    )
+    _, out, _ = sat(*options, "--json-schema", tmp_path / "schema.json", "--json")
+    made = json.loads(out)
+    assert made["finish_reason"] == "end"
+    assert json.loads(made["text"])["a"] in (1, "é")
+
+
+def test_generate_says_what_is_wrong_with_a_schema(sat: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "foo"}')
+    flags = ["--prompt", "once", "--max-new-tokens", 8, "--json-schema", tmp_path / "schema.json"]
+    code, out, err = sat("generate", tiny, *flags)
+    assert (code, out) == (2, "")
+    assert "schema.json" in err
+    assert "Invalid type: foo" in err
+
+
+def test_generate_without_the_library_for_constraints_says_what_to_install(
+    sat: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    code, _, err = sat("generate", tiny, "--prompt", "once", "--max-new-tokens", 8, "--regex", "a+")
+    assert code == 1
+    assert 'pip install "swissarmy[constrained]"' in err
+
+
+def test_generate_shows_a_bar_on_a_terminal_and_nothing_of_it_on_standard_output(
+    sat: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["generate", tiny, "--prompt", "once", "a", "tiny", "--max-new-tokens", 8]
+    plain = sat(*options)
+    assert plain[2] == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for more in ([], ["--batch-size", "1"], ["--json"]):
+        _, out, err = sat(*options, *more)
+        assert "generating" in err
+        assert more == ["--json"] or out == plain[1]
+        assert "generating" not in sat(*options, *more, "--no-progress")[2]
+
+
 def test_generate_stops_at_a_text(sat: Any, tiny: Path) -> None:
     (text,) = expected(tiny, "once", max_new_tokens=12)
     flags = ["generate", tiny, "--prompt", "once", "--max-new-tokens", 12, "--stop", "never seen", "--stop", text[2:4]]
@@ -98,6 +162,15 @@ def test_generate_takes_a_dtype(sat: Any, tiny: Path) -> None:
         (["--prompt", "a", "--stop", ""], ["--stop"]),
         (["--prompt", "a", "--max-time", "0"], ["--max-time 0"]),
         (["--prompt", "a", "--batch-size", "0"], ["--batch-size 0"]),
+        (
+            ["--prompt", "a", "--num-beams", "0", "--penalty-alpha", "2"],
+            ["--num-beams 0", "--penalty-alpha 2.0", "two"],
+        ),
+        (["--prompt", "a", "--num-beams", "2", "--top-k", "3"], ["--top-k: a search draws nothing"]),
+        (["--prompt", "a", "--penalty-alpha", "0.6", "--seed", "3"], ["--seed: a search draws nothing"]),
+        (["--prompt", "a", "--regex", "a", "--json-schema", "b"], ["--regex and --json-schema"]),
+        (["--prompt", "a", "--regex", "(", "--max-new-tokens", "9"], ["--regex: regex='('", "unclosed"]),
+        (["--prompt", "a", "--json-schema", "none.json", "--max-new-tokens", "9"], ["none.json", "No such file"]),
         (["--prompt", ""], ["prompt 1 is empty"]),
         (["--promt", "a"], ["--promt", "--prompt"]),
         (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "No such file"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 import swissarmy as sat
 from swissarmy.backbone.model import Model
 from swissarmy.testing import tiny_model
+from tests.generation.helpers import here_and_in_transformers, until_end
 
 FAMILIES = ["gpt2", "llama", "gemma3_text", "t5"]
 PROMPTS = [[5, 6], [9, 3]]
@@ -104,17 +105,9 @@ def test_mems_of_ended_sequences_are_those_of_their_tokens() -> None:
     torch.testing.assert_close(mems[:, :, : length - 1], read, rtol=1e-4, atol=1e-4)
 
 
-def reference(family: str, folder: Path) -> tuple[Any, Model]:
-    """The tiny model of a family, here and in `transformers`."""
-    tiny_model(family, scale=4.0).save_pretrained(folder)
-    kind = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
-    theirs = kind.from_pretrained(folder, dtype=torch.float64).eval()
-    return theirs, sat.load(folder, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_equals_transformers(family: str, tmp_path: Path) -> None:
-    theirs, ours = reference(family, tmp_path)
+    ours, theirs = here_and_in_transformers(family, tmp_path)
     source = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 2]])
     is_pair = family == "t5"
     ends = list(range(1, 61, 6))
@@ -147,17 +140,8 @@ def test_it_equals_transformers(family: str, tmp_path: Path) -> None:
         tokens, _ = sat.fill_sequence(ours, seq, strategy=strategy, **call)
         width = expected.sequences.shape[1]
         given = 1 if is_pair else 4
-        assert _until_end(tokens[:, :width], given, ends) == _until_end(expected.sequences, given, ends)
+        assert until_end(tokens[:, :width], given, ends) == until_end(expected.sequences, given, ends)
         torch.testing.assert_close(strategy.scores, expected.sequences_scores.double(), rtol=1e-5, atol=1e-5)
-
-
-def _until_end(tokens: Tensor, start: int, ends: list[int]) -> list[list[int]]:
-    """Rows up to their first end token: what fills a row after it differs."""
-    result = []
-    for row in tokens.tolist():
-        stops = [index for index in range(start, len(row)) if row[index] in ends]
-        result.append(row[: stops[0] + 1] if stops else row)
-    return result
 
 
 def test_groups_differ_and_without_a_penalty_each_is_the_search_of_its_width() -> None:

@@ -80,3 +80,40 @@ def test_nan_logits_are_an_error_and_not_a_token() -> None:
     strategy.reset(1, torch.device("cpu"))
     with pytest.raises(sat.HookCallError, match="NaN"):
         strategy.forward(torch.tensor([[0.0, float("nan")]]), torch.zeros(1, 3, dtype=torch.long), sat.KVCache(1))
+
+
+def test_without_a_seed_draws_follow_torch_and_with_one_they_leave_torch_alone() -> None:
+    model, row = tiny_model("llama"), torch.tensor([5, 6, *[-1] * 8])
+
+    def fill(**options: int) -> torch.Tensor:
+        return sat.fill_sequence(model, row, 3, strategy=sat.SamplingStrategy(temperature=3.0, **options))[0]
+
+    torch.manual_seed(1)
+    first, second = fill(), fill()
+    torch.manual_seed(1)
+    assert torch.equal(fill(), first)
+    assert not torch.equal(first, second)
+    torch.manual_seed(2)
+    assert not torch.equal(fill(), first)
+    state = torch.get_rng_state()
+    fill(seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("strategy", [sat.GreedyStrategy, sat.IterativeEntropyFilterStrategy(), "greedy"])
+def test_what_is_no_strategy_is_named(strategy: object) -> None:
+    with pytest.raises(sat.HookCallError, match=r"Strategy is not|str is not"):
+        sat.fill_sequence(tiny_model("gpt2"), torch.tensor([5, -1]), strategy=strategy)
+
+
+def test_processors_are_added_to_a_copy_and_take_part_inside_a_wrapper() -> None:
+    model, row = tiny_model("gpt2"), torch.tensor([5, 6, *[-1] * 6])
+
+    def only_three(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(torch.arange(logits.shape[1]) != 3, float("-inf"))
+
+    for plain in (sat.GreedyStrategy(), sat.BeamSearchStrategy(2), sat.PromptLookupStrategy()):
+        before, _ = sat.fill_sequence(model, row, strategy=plain)
+        tokens, _ = sat.fill_sequence(model, row, strategy=plain.with_processors([only_three]))
+        assert tokens[0, 2:].tolist() == [3] * 6
+        assert torch.equal(sat.fill_sequence(model, row, strategy=plain)[0], before)
