@@ -3,6 +3,7 @@
 from swissarmy.backbone.composite import CompositeModel
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.encoder_decoder import EncoderDecoderModel
+from swissarmy.backbone.merging import MergeableMixin, merge_mixin, unmerge_mixin
 from swissarmy.backbone.model import BaseModel
 from swissarmy.core.errors import (
     CheckpointError,
@@ -18,11 +19,15 @@ from swissarmy.core.hooks import HookContext, non_conflict, replaceable
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.generation.autoregressive_sampling import fill_sequence, filling_sequence
 from swissarmy.generation.beam_search import BeamSearchStrategy, gnmt_length_penalty, power_length_penalty
+from swissarmy.generation.constraints import Constraint, json_schema_constraint, regex_constraint
+from swissarmy.generation.contrastive import ContrastiveStrategy
+from swissarmy.generation.parallel_filling import IterativeEntropyFilterStrategy, fill_sequence_in_parallel
 from swissarmy.generation.perplexity import Perplexity, evaluate_perplexity
 from swissarmy.generation.speculative import GuessingStrategy, PromptLookupStrategy, SpeculativeStrategy
 from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy, TokenStrategy
 from swissarmy.generation.text import Generation, generate, generate_with_logprobs, stream
 from swissarmy.interop.load import AutoModel, load
+from swissarmy.interop.peft import load_adapter
 from swissarmy.interop.tokenizer import load_tokenizer
 from swissarmy.mixins.alibi import ALiBiMixin
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin, CachedAutoregressiveMixin
@@ -30,10 +35,13 @@ from swissarmy.mixins.embedding_scale import EmbeddingScaleMixin
 from swissarmy.mixins.heads import ClassificationHeadMixin, LMHeadMixin, MLMHeadMixin, NoHeadMixin, PoolerMixin
 from swissarmy.mixins.hidden_states import HiddenStatesMixin
 from swissarmy.mixins.learned_positions import LearnedPositionsMixin
+from swissarmy.mixins.lora import LoRAConfig, LoRAMixin
+from swissarmy.mixins.lora_bank import BankConfig, LoRABankMixin, bundle_adapters
 from swissarmy.mixins.mixture_of_experts import MixtureOfExpertsMixin
 from swissarmy.mixins.patch_embedding import InterpolatedPositionsMixin, PatchEmbeddingMixin
 from swissarmy.mixins.prefix_tuning import PrefixTuningMixin
 from swissarmy.mixins.qk_norm import QKNormMixin
+from swissarmy.mixins.reduced_weights import ReducedWeightsMixin
 from swissarmy.mixins.relative_position_bias import RelativePositionBiasMixin
 from swissarmy.mixins.rotary import RotaryMixin
 from swissarmy.mixins.sliding_window import SlidingWindowMixin
@@ -48,6 +56,7 @@ __all__ = [
     "ALiBiMixin",
     "AttentionSoftcapMixin",
     "AutoModel",
+    "BankConfig",
     "BaseMixin",
     "BaseModel",
     "BeamSearchStrategy",
@@ -58,6 +67,8 @@ __all__ = [
     "ClassificationHeadMixin",
     "CompositeModel",
     "ConfigError",
+    "Constraint",
+    "ContrastiveStrategy",
     "Dense",
     "Documents",
     "EmbeddingScaleMixin",
@@ -72,12 +83,17 @@ __all__ = [
     "HookContext",
     "HookDefinitionError",
     "InterpolatedPositionsMixin",
+    "IterativeEntropyFilterStrategy",
     "KVCache",
     "LMHeadMixin",
     "LearnedPositionsMixin",
+    "LoRABankMixin",
+    "LoRAConfig",
+    "LoRAMixin",
     "LogitSoftcapMixin",
     "MLMHeadMixin",
     "Mask",
+    "MergeableMixin",
     "MissingExtraError",
     "MixtureOfExpertsMixin",
     "NoHeadMixin",
@@ -89,6 +105,7 @@ __all__ = [
     "PrefixTuningMixin",
     "PromptLookupStrategy",
     "QKNormMixin",
+    "ReducedWeightsMixin",
     "RelativePositionBiasMixin",
     "RopeParameters",
     "RotaryMixin",
@@ -102,17 +119,24 @@ __all__ = [
     "TokenTypesMixin",
     "TokenizerError",
     "TransformerConfig",
+    "bundle_adapters",
     "evaluate_perplexity",
     "fill_sequence",
+    "fill_sequence_in_parallel",
     "filling_sequence",
     "generate",
     "generate_with_logprobs",
     "gnmt_length_penalty",
+    "json_schema_constraint",
     "list_models",
     "load",
+    "load_adapter",
     "load_tokenizer",
+    "merge_mixin",
     "non_conflict",
     "power_length_penalty",
+    "regex_constraint",
     "replaceable",
     "stream",
+    "unmerge_mixin",
 ]

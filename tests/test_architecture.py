@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "training": {"core", "nn", "backbone", "mixins", "models", "data", "generation", "interop"},
 }
 """What each folder may import beside itself; `cli`, `testing` and the package itself may import all."""
-UPWARD = {("backbone/model.py", "swissarmy.interop.save")}
-"""The one way up, at call time: `model.save_pretrained`."""
+UPWARD = {("backbone/model.py", "swissarmy.interop.save"), ("backbone/model.py", "swissarmy.interop.peft")}
+"""The one way up, at call time: `model.save_pretrained` and `model.save_adapter`."""
 
 FROZEN = """
 TransformerConfig BaseModel load AutoModel load_tokenizer list_models PrefixTuningMixin fill_sequence generate stream

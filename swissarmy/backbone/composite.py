@@ -72,6 +72,12 @@ class CompositeModel(Model):
             self.part(name).enable_activation_checkpointing(every)
         return self
 
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> Self:
+        """Compile each layer of each part, when it is first called."""
+        for name in self.parts:
+            self.part(name).compile(dynamic=dynamic, **options)
+        return self
+
     @property
     def mixins(self) -> dict[str, dict[str, BaseMixin]]:
         """The mixins by name, each as a dict from the parts that have it."""

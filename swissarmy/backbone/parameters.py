@@ -18,28 +18,32 @@ class TrainableSummary:
     total: int
     trainable: int
     by_module: tuple[tuple[str, int, int], ...]
-    """`(name, parameters, trainable parameters)` for each module two levels down."""
+    """`(name, parameters, trainable parameters)` for the embedding, the layers and each mixin, in each part."""
 
     def __str__(self) -> str:
         share = self.trainable / max(self.total, 1)
-        rows = [f"  {name:<32} {count:>14,} {live:>14,}" for name, count, live in self.by_module]
+        width = max([32, *(len(name) for name, _, _ in self.by_module)])
+        rows = [f"  {name:<{width}} {count:>14,} {live:>14,}" for name, count, live in self.by_module]
         head = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
-        return "\n".join([head, f"  {'module':<32} {'parameters':>14} {'trainable':>14}", *rows])
+        return "\n".join([head, f"  {'module':<{width}} {'parameters':>14} {'trainable':>14}", *rows])
 
 
 def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
     """Leave `requires_grad` only where a name matches; a pattern matches a whole name or a dotted start of it.
 
+    A parameter that several modules share trains if any of its names matches.
+
     Raises:
         ConfigError: A pattern that matches no parameter; nothing was changed.
     """
-    names = [name for name, _ in model.named_parameters()]
+    named = list(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            prefixes = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+        if not any(matches(name, pattern) for name, _ in named):
+            prefixes = {name.rsplit(".", depth)[0] for name, _ in named for depth in range(name.count(".") + 1)}
             raise ConfigError(f"'{pattern}' matches no parameter.{nearest(pattern, prefixes)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(matches(name, pattern) for pattern in patterns))
+    trained = {id(parameter) for name, parameter in named if any(matches(name, pattern) for pattern in patterns)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -50,10 +54,11 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Count parameters, a shared one once."""
+    """Count parameters, a shared one once, by the first of its names."""
     groups: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        group = groups.setdefault(".".join(name.split(".")[:2]), [0, 0])
+        depth = 4 if name.startswith("parts.") else 2
+        group = groups.setdefault(".".join(name.split(".")[:depth]), [0, 0])
         group[0] += parameter.numel()
         group[1] += parameter.numel() if parameter.requires_grad else 0
     rows = tuple((name, count, live) for name, (count, live) in groups.items())

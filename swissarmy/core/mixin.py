@@ -1,5 +1,6 @@
 """`BaseMixin`: what a mixin is, apart from what it does."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import nn
@@ -39,6 +40,14 @@ class BaseMixin(nn.Module):
     def first_position(self) -> int:
         """The position of a row's first token, as this mixin wants `position_ids` to count."""
         return 0
+
+    @property
+    def saved_options(self) -> Mapping[str, Any] | None:
+        """What `for_model` makes the same mixin from, in values that JSON can hold, or `None`.
+
+        With it, `sat.load` makes a mixin of the library again by itself; without it, the caller gives the mixin.
+        """
+        return None
 
     @classmethod
     def for_model(cls, model: MixinHost, **options: Any) -> Any:

@@ -1,17 +1,25 @@
 """Mixins that were added to a model: a folder of their own beside the family's tensors.
 
 `mixins/mixins.json` names those without which the model would compute something else; `mixins/model.safetensors` holds
-their tensors. No class is ever looked up from a file: the caller gives the mixins.
+their tensors. A mixin of the library that says what it was made from (`saved_options`) is made again; any other class
+is never looked up from a file: the caller gives the mixin.
 """
 
+import importlib
+import inspect
 import json
+import pkgutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
-from swissarmy.backbone.model import Model, every_mixin
-from swissarmy.core.errors import CheckpointError
+import swissarmy.mixins
+from swissarmy.backbone.model import BaseModel, Model, every_mixin, iterate_models
+from swissarmy.core.errors import CheckpointError, SwissArmyError
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.interop.matching import allowed, assign, report
 from swissarmy.interop.safetensors_folder import SafetensorsSource
@@ -21,6 +29,36 @@ from swissarmy.models._family import Source
 
 FOLDER = "mixins"
 NAMES_FILE = "mixins.json"
+
+
+@final
+@dataclass(frozen=True)
+class Record:
+    """What is written of a mixin beside its tensors."""
+
+    kind: str
+    """The name of its class."""
+    options: Mapping[str, Any] | None = None
+    """What `for_model` makes it from, where that is known."""
+
+    @classmethod
+    def of(cls, mixin: BaseMixin) -> "Record":
+        """The record of a mixin."""
+        return cls(type(mixin).__name__, mixin.saved_options)
+
+    @classmethod
+    def read(cls, value: object, *, where: str) -> "Record":
+        """A record from the file: the name of a class, or an object with that and the options."""
+        match value:
+            case str():
+                return cls(value)
+            case {"class": str(kind), "options": dict(options), **rest} if not rest:
+                return cls(kind, options)
+        raise CheckpointError(f"{where} is neither the name of a class nor an object of `class` and `options`.")
+
+    def to_json(self) -> object:
+        """As it is written."""
+        return self.kind if self.options is None else {"class": self.kind, "options": self.options}
 
 
 def added_tensors(model: Model, own_names: Collection[str]) -> dict[str, Tensor]:
@@ -34,7 +72,7 @@ def write_mixins(model: Model, source: Source, target: Path) -> None:
     """Write the mixins that are not the family's own, if there are any worth keeping."""
     tensors = {name: tensor.detach() for name, tensor in added_tensors(model, source.own_names).items()}
     names = {
-        name: type(mixin).__name__
+        name: Record.of(mixin).to_json()
         for name, mixin in every_mixin(model)
         if name not in source.own_mixins and not mixin.keeps_outputs
     }
@@ -49,7 +87,7 @@ def write_mixins(model: Model, source: Source, target: Path) -> None:
 def stored_mixins(folder: Path) -> dict[str, int]:
     """The mixins that a checkpoint's folder holds beside the family's own, and how many parameters of each."""
     folder = folder / FOLDER
-    counts = dict.fromkeys((name.rpartition("mixins.")[2] for name in _names(folder)), 0)
+    counts = dict.fromkeys((name.rpartition("mixins.")[2] for name in _records(folder)), 0)
     if any(folder.glob("*.safetensors")):
         stored = SafetensorsSource(folder)
         for name in stored.names():
@@ -68,12 +106,13 @@ def add_mixins(model: Model, mixins: Mapping[str, BaseMixin], folder: Path, allo
         model.add_mixin(name, mixin)
     folder = folder / FOLDER
     stored = SafetensorsSource(folder) if any(folder.glob("*.safetensors")) else None
+    _add_stock_mixins(model, folder, stored, allow_missing)
     ours = added_tensors(model, model.source.own_names)
     present = {name: type(mixin).__name__ for name, mixin in every_mixin(model)}
     problems = [
-        f"it was saved with '{name}' ({kind}), and has {present.get(name, 'none of that name')} now"
-        for name, kind in _names(folder).items()
-        if present.get(name) != kind and not allowed(name, allow_missing)
+        f"it was saved with '{name}' ({record.kind}), and has {present.get(name, 'none of that name')} now"
+        for name, record in _records(folder).items()
+        if present.get(name) != record.kind and not allowed(name, allow_missing)
     ]
     problems += _tensor_problems(ours, stored, allow_missing)
     if problems:
@@ -103,12 +142,66 @@ def _tensor_problems(
 def _fill(model: Model, tensors: Mapping[str, Tensor], stored: SafetensorsSource) -> None:
     for name, tensor in tensors.items():
         value = stored.read(name).to(device=tensor.device, dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) and tensor.is_meta:
             assign(model, name, value)
         else:
-            tensor.copy_(value)
+            with torch.no_grad():  # in place: a parameter keeps what its mixin marked it with
+                tensor.copy_(value)
 
 
-def _names(folder: Path) -> dict[str, str]:
+def _records(folder: Path) -> dict[str, Record]:
     file = folder / NAMES_FILE
-    return parse_json_object(file.read_bytes(), str(file)) if file.is_file() else {}
+    values = parse_json_object(file.read_bytes(), str(file)) if file.is_file() else {}
+    return {name: Record.read(value, where=f"{file}: '{name}'") for name, value in values.items()}
+
+
+def _add_stock_mixins(
+    model: Model, folder: Path, stored: SafetensorsSource | None, allow_missing: Sequence[str]
+) -> None:
+    """Make the library's mixins again that the caller neither gave nor allows to be missing."""
+    models = {f"{prefix}mixins.": part for prefix, part in iterate_models(model)}
+    present = {name for name, _ in every_mixin(model)}
+    records = {
+        name: record
+        for name, record in _records(folder).items()
+        if record.options is not None and name not in present and not allowed(name, allow_missing)
+    }
+    kinds = _stock_mixins() if records else {}
+    for full_name, record in records.items():
+        name = full_name.rpartition("mixins.")[2]
+        part, kind = models.get(full_name.removesuffix(name)), kinds.get(record.kind)
+        if part is None or kind is None:  # reported with all else that does not fit
+            continue
+        try:
+            part.add_mixin(name, _made_again(kind, part, record, full_name, stored))
+        except (SwissArmyError, TypeError) as error:
+            raise CheckpointError(f"{folder / NAMES_FILE}: '{full_name}' ({record.kind}): {error}") from error
+
+
+def _made_again(
+    kind: type[BaseMixin], part: BaseModel, record: Record, full_name: str, stored: SafetensorsSource | None
+) -> BaseMixin:
+    """The mixin of a record. A file may ask for any size: first the shapes alone are compared with its tensors."""
+    shapes = {} if stored is None else {name: stored.shape(name) for name in stored.names()}
+    options = record.options or {}
+    with torch.device("meta"):
+        outline = kind.for_model(part, **options)
+    for name, tensor in outline.state_dict(prefix=f"{full_name}.").items():
+        if (have := shapes.get(name, tensor.shape)) != tensor.shape:
+            raise CheckpointError(f"{name}: have {list(have)}, want {list(tensor.shape)}")
+    mixin: BaseMixin = kind.for_model(part, **options)
+    return mixin
+
+
+def _stock_mixins() -> dict[str, type[BaseMixin]]:
+    """The mixins of this library, by the names of their classes."""
+    modules = [
+        importlib.import_module(f"{swissarmy.mixins.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(swissarmy.mixins.__path__)
+    ]
+    return {
+        name: kind
+        for module in modules
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and issubclass(kind, BaseMixin) and kind.__module__ == module.__name__
+    }

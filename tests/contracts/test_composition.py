@@ -27,9 +27,11 @@ MIXINS: dict[str, Make] = {
     "alibi": of(sat.ALiBiMixin),
     "attention-softcap": lambda model: sat.AttentionSoftcapMixin(2.0),
     "auto-regressive": of(sat.CachedAutoRegressiveMixin),
+    "dora": of(sat.LoRAMixin, r=2, dora=True, init="pissa"),
     "embedding-scale": of(sat.EmbeddingScaleMixin, scale=0.5),
     "hidden-states": of(sat.HiddenStatesMixin),
     "logit-softcap": lambda model: sat.LogitSoftcapMixin(3.0),
+    "lora": of(sat.LoRAMixin, r=2, targets="*"),
     "mixture-of-experts": of(sat.MixtureOfExpertsMixin, num_experts=3),
     "prefix-tuning": of(sat.PrefixTuningMixin, prefix_len=3),
     "qk-norm": of(sat.QKNormMixin),
@@ -129,6 +131,7 @@ def test_cached_equals_uncached(family: str, mixin: str) -> None:
             ("prefix-tuning", "relative-position-bias"),
             ("prefix-tuning", "sliding-window"),
             ("qk-norm", "attention-softcap"),
+            ("lora", "prefix-tuning"),
         )
         for order in permutations(others)
     ],
