@@ -72,11 +72,10 @@ class CompositeModel(Model):
             self.part(name).enable_activation_checkpointing(every)
         return self
 
-    def compile(self, *, dynamic: bool | None = True, **options: Any) -> Self:
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile each layer of each part, when it is first called."""
         for name in self.parts:
             self.part(name).compile(dynamic=dynamic, **options)
-        return self
 
     @property
     def mixins(self) -> dict[str, dict[str, BaseMixin]]:

@@ -69,7 +69,7 @@ class Model(nn.Module, ABC):
         """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 turns it off."""
 
     @abstractmethod
-    def compile(self, *, dynamic: bool | None = True, **options: Any) -> Self:
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile each layer, with the mixins that take part in it, when it is first called.
 
         Layers are compiled one by one: that takes a fraction of the time of a whole model, an added mixin costs no
@@ -241,11 +241,10 @@ class BaseModel(Model):
         self.checkpoint_every = every
         return self
 
-    def compile(self, *, dynamic: bool | None = True, **options: Any) -> Self:
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile each layer, with the mixins that take part in it, when it is first called."""
         for layer in self.transformer.layers:
             layer.compile(**{"fullgraph": True, "isolate_recompiles": True, "dynamic": dynamic, **options})
-        return self
 
     def for_decoding(self, **kw_args: Any) -> tuple["BaseModel", dict[str, Any]]:
         """The model that decodes, and what it is called with in each step: itself, and what was given.

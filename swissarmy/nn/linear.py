@@ -79,7 +79,7 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     x, weight, _ = inputs
-    need_x, need_weight, _ = ctx.needs_input_grad
+    need_x, need_weight, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None)  # a frozen weight needs no input
 
 
