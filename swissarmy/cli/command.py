@@ -1,6 +1,6 @@
 """What a command of `sat` is. Nothing here imports torch: `sat --help` answers at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -49,3 +49,19 @@ class Command:
     """Flags that may be given several times, or once with several values."""
     run: Callable[[Any], int]
     """Given an instance of `options`, does the work and returns the exit code; imports torch, if at all, in here."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CommandGroup:
+    """Commands that share their first word, as in `sat data check`."""
+
+    summary: str
+    """One line for `sat --help`."""
+    commands: Mapping[str, Command]
+    """By their second word."""
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """One of each command."""
+        return tuple(command.examples[0] for command in self.commands.values())

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from swissarmy.cli import output
 from swissarmy.cli.arguments import parse
-from swissarmy.cli.command import DONE, FAILED, INTERRUPTED, USAGE, Command, UsageError
+from swissarmy.cli.command import DONE, FAILED, INTERRUPTED, USAGE, Command, CommandGroup, UsageError
 from swissarmy.core.errors import SwissArmyError, nearest
 
-COMMANDS = ("models", "info", "generate", "chat", "eval")
+COMMANDS = ("models", "info", "generate", "chat", "eval", "merge", "migrate", "convert", "data")
 """Each is a file of this folder."""
 
 PROMISE = "sat: load any supported Transformer checkpoint, look inside it, and generate with it."
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def find_command(name: str) -> Command:
+def find_command(name: str) -> Command | CommandGroup:
     """A command by its name.
 
     Raises:
@@ -51,7 +51,7 @@ def find_command(name: str) -> Command:
         kind, known = ("flag", ("--help", "--version")) if name.startswith("-") else ("command", COMMANDS)
         cure = "" if kind == "flag" else f" The commands are: {', '.join(COMMANDS)}."
         raise UsageError(f"there is no {kind} '{name}'.{nearest(name, known)}{cure} See `sat --help`.")
-    command: Command = importlib.import_module(f"swissarmy.cli.{name}").COMMAND
+    command: Command | CommandGroup = importlib.import_module(f"swissarmy.cli.{name}").COMMAND
     return command
 
 
@@ -70,21 +70,43 @@ def _dispatch(arguments: Sequence[str]) -> int:
             return USAGE
         case [name, *rest]:
             command = find_command(name)
-            try:
-                options = parse(name, command, rest)
-            except SystemExit as stop:  # the flag parser has printed help, or what is wrong
-                return stop.code if isinstance(stop.code, int) else USAGE
-            return command.run(options)
+            return _run(name, command, rest) if isinstance(command, Command) else _run_one_of(name, command, rest)
     raise AssertionError(arguments)
 
 
-def _help() -> str:
-    commands = {name: find_command(name) for name in COMMANDS}
-    lines = [PROMISE, "", "usage: sat COMMAND [flags]", "", "commands:"]
+def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
+    try:
+        options = parse(name, command, arguments)
+    except SystemExit as stop:  # the flag parser has printed help, or what is wrong
+        return stop.code if isinstance(stop.code, int) else USAGE
+    return command.run(options)
+
+
+def _run_one_of(name: str, group: CommandGroup, arguments: Sequence[str]) -> int:
+    """Run the command of a group that the first of the arguments names."""
+    match arguments:
+        case ["--help" | "-h" | "help"]:
+            print(_help(name, group))
+            return DONE
+        case []:
+            output.print_error(_help(name, group))
+            return USAGE
+        case [second, *rest] if second in group.commands:
+            return _run(f"{name} {second}", group.commands[second], rest)
+    raise UsageError(
+        f"there is no command '{name} {arguments[0]}'.{nearest(arguments[0], group.commands)} The commands are: "
+        f"{', '.join(group.commands)}. See `sat {name} --help`."
+    )
+
+
+def _help(prefix: str = "", group: CommandGroup | None = None) -> str:
+    commands = {name: find_command(name) for name in COMMANDS} if group is None else group.commands
+    lines = [PROMISE if group is None else f"sat {prefix}: {group.summary}.", ""]
+    lines += [f"usage: {f'sat {prefix}'.strip()} COMMAND [flags]", "", "commands:"]
     lines += [f"  {name:<10} {command.summary}" for name, command in commands.items()]
     lines += ["", "examples:"]
     lines += [f"  {example}" for command in commands.values() for example in command.examples[:1]]
-    return "\n".join([*lines, "", CLOSING])
+    return "\n".join([*lines, "", CLOSING.replace("sat", f"sat {prefix}".strip(), 1)])
 
 
 def _message(error: Exception, arguments: Sequence[str]) -> str:

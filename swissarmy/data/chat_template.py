@@ -21,6 +21,9 @@ from swissarmy.core.errors import TokenizerError
 MAX_CHARACTERS = 1 << 24
 """The longest text that a template may produce, and the longest text or list that it may build by `*`."""
 
+GENERATION_MARKS = ("generation_start_mark", "generation_end_mark")
+"""Variables that a template prints around the assistant's words where it has `{% generation %}`."""
+
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
@@ -43,13 +46,21 @@ def _to_json(
 
 @final
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks the assistant's words: here just its body."""
+    """`{% generation %}...{% endgeneration %}`, which marks the assistant's words.
+
+    It gives its body, between the variables of `GENERATION_MARKS`, which are empty unless a caller sets them.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - the type that jinja2 declares
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (
+            jinja2.nodes.Output([jinja2.nodes.Name(name, "load", lineno=line)], lineno=line)
+            for name in GENERATION_MARKS
+        )
+        return [start, *body, end]
 
 
 @final
