@@ -1,0 +1,186 @@
+"""`sat migrate`: a checkpoint of the older SAT into a folder of this library."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+
+import tyro
+import yaml
+from rich.table import Table
+
+from swissarmy.cli import output
+from swissarmy.cli.command import DONE, Command, Options, UsageError
+from swissarmy.cli.loading import decode_text, read_text
+
+if TYPE_CHECKING:
+    from swissarmy.interop.sat_legacy.migrate import Migration
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MigrateOptions(Options):
+    """What `sat migrate` takes."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """The old checkpoint: the folder with `latest`, that of one iteration, or a single .pt file. It is only read."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The new folder."""
+    family: str | None = None
+    """The old family (bert, roberta, gpt2, llama, t5, vit, glm, ..., generic), where no model_config.json says it."""
+    model_config: Path | None = None
+    """The model's old arguments (JSON or YAML), where model_config.json is missing or lies elsewhere."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Single old arguments over those of the file: num_attention_heads=16 layernorm_order=post."""
+    map: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Names of mixins by position: 0=extra_position_embedding 1=attention_plus, or a YAML file of `0: name`."""
+    step: str | None = None
+    """The iteration to take, or "release"; by the file `latest` when left out."""
+    vocab_size: int | None = None
+    """How many rows of the vocabulary are tokens; what model_config.json says when left out."""
+    keep_padding: bool = False
+    """Keep the rows that are no tokens."""
+    cross_norms: Literal["early", "late"] = "early"
+    """What follows the norm after self-attention, in decoders: cross-attention, or (late, since CogAgent) the MLP."""
+    split: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """How your own mixins were split over ranks: "mixins.mine.up.*=rows" "mixins.mine.down.weight=columns"."""
+    fused_rows: Literal["blocks", "heads"] | None = None
+    """How query, key and value share a matrix: in three blocks, or head by head; as the family had it."""
+    json: bool = False
+    """Print what was done as a JSON object."""
+
+    def problems(self) -> Iterator[str]:
+        """Values outside their ranges, and two that contradict each other."""
+        if self.vocab_size is not None and self.vocab_size < 1:
+            yield f"--vocab-size {self.vocab_size} must be at least 1"
+        if self.vocab_size is not None and self.keep_padding:
+            yield "--vocab-size cuts the vocabulary and --keep-padding keeps it whole: give one of them"
+
+
+def run(options: MigrateOptions) -> int:
+    """Migrate, and say what was done."""
+    arguments = {} if options.model_config is None else _read_mapping(options.model_config, "--model-config")
+    arguments |= dict(_pair(text) for text in options.set)
+    from swissarmy.interop.safe_write import leftovers
+    from swissarmy.interop.sat_legacy import migrate as legacy
+    from swissarmy.interop.sat_legacy.names import parse_positions
+    from swissarmy.interop.sat_legacy.plan import Options as LegacyOptions
+
+    for path in leftovers(options.target):
+        output.print_error(f"sat migrate: {path} was left by a run that was killed; it may be deleted.")
+    with output.console(stderr=True).status(f"migrating {options.source}"):
+        done = legacy.migrate(
+            options.source,
+            options.target,
+            LegacyOptions(
+                family=options.family,
+                arguments=arguments,
+                positions=parse_positions(_positions(options.map)),
+                step=options.step,
+                vocab_size=options.vocab_size,
+                keep_padding=options.keep_padding,
+                cross_norms=options.cross_norms,
+                splits=dict(_way(text) for text in options.split),
+                fused_rows=options.fused_rows,
+            ),
+        )
+    if options.json:
+        output.print_json(asdict(done), indent=2)
+    else:
+        show(done)
+    return DONE
+
+
+def show(done: "Migration") -> None:
+    """What was done, for people."""
+    console = output.console()
+    if done.done_before:
+        console.print(f"{done.target} holds this migration already: nothing was changed.", soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    for name, text in _rows(done).items():
+        table.add_row(name, text)
+    console.print(table)
+    if done.mixins:
+        first = next(iter(done.mixins)).rpartition("mixins.")[2]
+        console.print(
+            "\nMixins' weights were kept for mixins of yours with parameters of these names:\n"
+            f'  sat.load("{done.target}", mixins={{"{first}": MyMixin(...), ...}})',
+            soft_wrap=True,
+        )
+
+
+def _rows(done: "Migration") -> dict[str, str]:
+    before, after = done.vocabulary
+    steps = f"iteration {done.iteration}" if done.step != "release" else "release"
+    ranks = "one file" if done.ranks == 1 else f"{done.ranks} model-parallel files, merged"
+    rows = {
+        "from": f"{done.family}, generation {done.generation} of names, {steps}, {ranks}",
+        "to": f"{done.target} ({done.model_type})",
+        "parameters": f"{done.parameters:,}",
+        "vocabulary": f"{after:,}" if before == after else f"{after:,}; {before - after:,} rows of padding were cut",
+    }
+    if done.parts:
+        rows["parts"] = ", ".join(f"{part}/" for part in done.parts)
+    for name, size in done.mixins.items():
+        rows[f"kept {name}"] = f"{size:,} parameters"
+    named = {"tied": done.tied, "new, at zero": done.zeros, "dropped (computed)": done.dropped}
+    return rows | {title: ", ".join(names) for title, names in named.items() if names}
+
+
+def _positions(given: tuple[str, ...]) -> list[str]:
+    """`INDEX=NAME` pairs, those of a file too."""
+    pairs: list[str] = []
+    for text in given:
+        if "=" in text:
+            pairs.append(text)
+        else:
+            pairs += [f"{index}={name}" for index, name in _read_mapping(Path(text), "--map").items()]
+    return pairs
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {text}: write NAME=VALUE, such as num_attention_heads=16")
+    return name, _parsed(value, f"--set {text}")
+
+
+def _way(text: str) -> tuple[str, str]:
+    pattern, equals, way = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--split {text}: write NAMES=rows or NAMES=columns")
+    return pattern, way
+
+
+def _read_mapping(path: Path, flag: str) -> dict[str, Any]:
+    """A JSON or YAML file of `key: value`."""
+    values = _parsed(decode_text(read_text(path, flag), str(path)), str(path))
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path}: {flag} takes a file of lines `key: value`")
+    return {str(key): value for key, value in values.items()}
+
+
+def _parsed(text: str, place: str) -> Any:
+    """JSON, else YAML's plain values: YAML takes 1e-5 for text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+
+
+COMMAND = Command(
+    summary="bring a checkpoint of the older SAT along, safely",
+    examples=(
+        "sat migrate ./roberta-old ./roberta",
+        "sat migrate ./mine ./mine-new --family generic --map 0=patches 1=my_head --set num_attention_heads=16",
+        "sat migrate ./llama-mp4 ./llama --vocab-size 32000",
+    ),
+    options=MigrateOptions,
+    repeatable=("--map", "--set", "--split"),
+    run=run,
+)
