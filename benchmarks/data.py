@@ -29,17 +29,17 @@ from rich.table import Table
 from tokenizers import models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 
-from swissarmy.data.blend import Blend
-from swissarmy.data.collate import CausalCollator, Padding
-from swissarmy.data.encoders import TextEncoder, TokensEncoder
-from swissarmy.data.examples import Examples
-from swissarmy.data.loader import Loader
-from swissarmy.data.order import SampleOrder
-from swissarmy.data.packing import best_fit
-from swissarmy.data.pieces import cut_up
+from swissarmy.data.loading.collate import CausalCollator, Padding
+from swissarmy.data.loading.loader import Loader
+from swissarmy.data.order.blend import Blend
+from swissarmy.data.order.sample_order import SampleOrder
+from swissarmy.data.samples.encoders import TextEncoder, TokensEncoder
+from swissarmy.data.samples.examples import Examples
+from swissarmy.data.samples.packing import best_fit
+from swissarmy.data.samples.pieces import cut_up
 from swissarmy.data.sources.open import open_source
+from swissarmy.data.sources.token_file import write_token_file
 from swissarmy.data.sources.tokens import TokenWindows
-from swissarmy.data.token_file import write_token_file
 from swissarmy.data.tokenizer import Tokenizer
 
 Sizes = NDArray[np.int64]

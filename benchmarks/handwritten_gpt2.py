@@ -6,6 +6,7 @@ the library's backbone, so that the two differ in the hook machinery alone.
 Shapes: b batch, s positions of this call, t positions so far, h hidden size, n heads, d = h / n, v vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,13 @@ class Cache:
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, linear: type[nn.Linear]) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
-        self.output = nn.Linear(hidden, hidden)
+        self.query = linear(hidden, hidden)
+        self.key = linear(hidden, hidden)
+        self.value = linear(hidden, hidden)
+        self.output = linear(hidden, hidden)
 
     def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
         """`[b, s, h]` to `[b, s, h]`; with a cache, over what it holds and `x`, which it then holds too."""
@@ -50,13 +51,13 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, linear: type[nn.Linear]) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden)
-        self.attention = Attention(hidden, heads)
+        self.attention = Attention(hidden, heads, linear)
         self.mlp_norm = nn.LayerNorm(hidden)
-        self.up = nn.Linear(hidden, 4 * hidden)
-        self.down = nn.Linear(4 * hidden, hidden)
+        self.up = linear(hidden, 4 * hidden)
+        self.down = linear(4 * hidden, hidden)
 
     def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), cache, layer)
@@ -68,17 +69,29 @@ class HandwrittenGPT2(nn.Module):
     """GPT-2 with `layers` layers of `heads` heads; the head is the transposed word embedding.
 
     Parameters: `word_embedding`, `position_embedding`, `final_norm`, and for each of `layers.{i}`
-    `attention_norm`, `attention.query|key|value|output`, `mlp_norm`, `up`, `down`.
+    `attention_norm`, `attention.query|key|value|output`, `mlp_norm`, `up`, `down`. Projections are `linear`'s, and the
+    head's product is `product`: those of plain PyTorch, or the library's, to tell the hooks from the products.
     """
 
-    def __init__(self, vocab_size: int, max_positions: int, hidden: int, layers: int, heads: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_positions: int,
+        hidden: int,
+        layers: int,
+        heads: int,
+        *,
+        linear: type[nn.Linear] = nn.Linear,
+        product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.linear,
+    ) -> None:
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden size {hidden} is not a multiple of {heads} heads")
         self.word_embedding = nn.Embedding(vocab_size, hidden)
         self.position_embedding = nn.Embedding(max_positions, hidden)
-        self.layers = nn.ModuleList(Layer(hidden, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(hidden, heads, linear) for _ in range(layers))
         self.final_norm = nn.LayerNorm(hidden)
+        self.product = product
         self.apply(_initialise)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -119,7 +132,7 @@ class HandwrittenGPT2(nn.Module):
             x = layer(x, cache, index)
         if cache is not None:
             cache.length += ids.shape[1]
-        return F.linear(self.final_norm(x), self.word_embedding.weight)
+        return self.product(self.final_norm(x), self.word_embedding.weight)
 
     def _empty_cache(self, batch: int, capacity: int) -> Cache:
         weight = self.word_embedding.weight
