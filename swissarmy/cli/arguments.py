@@ -25,7 +25,7 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> Options:
     """
     path = _config_flag(arguments)
     try:
-        values = {} if path is None else read_values(path, command.options, without=OF_THE_COMMAND_LINE)
+        values = {} if path is None else _config_values(path, command)
     except ConfigError as error:
         raise UsageError(str(error)) from error
     arguments = _spread(arguments, command.repeatable)
@@ -84,6 +84,11 @@ def _restore(cls: type[T], instance: Any) -> T:
         inner = inner_dataclass(typing.get_type_hints(cls)[name])
         made[name] = _restore(inner, value) if inner is not None and isinstance(value, inner) else value
     return cls(**made)
+
+
+def _config_values(path: Path, command: Command) -> dict[str, Any]:
+    other = command.other_config(path) if command.other_config is not None else None
+    return dict(other) if other is not None else read_values(path, command.options, without=OF_THE_COMMAND_LINE)
 
 
 def _config_flag(arguments: Sequence[str]) -> Path | None:

@@ -53,7 +53,7 @@ def run(options: ChatOptions) -> int:
     if outline_of_generator(options.path).parts:
         raise ConfigError(f"{options.path} answers single texts: use `sat generate`.")
     tokenizer = _with_template(load_tokenizer(options.path), template, options.path)
-    model = load_model(options.path, dtype=options.dtype, device=options.device)
+    model = load_model(options)
     chat = Chat(
         model,
         tokenizer,

@@ -47,6 +47,8 @@ class Command:
     options: type[Options]
     repeatable: tuple[str, ...] = ()
     """Flags that may be given several times, or once with several values."""
+    other_config: Callable[[Path], Mapping[str, Any] | None] | None = None
+    """What a file given with `--config` sets where it is of another kind and holds no flags; `None` where it does."""
     run: Callable[[Any], int]
     """Given an instance of `options`, does the work and returns the exit code; imports torch, if at all, in here."""
 

@@ -15,7 +15,7 @@ from swissarmy.core.errors import require_extra
 from swissarmy.data.config import DataConfig, RecordFormat
 
 if TYPE_CHECKING:
-    from swissarmy.data.examples import Encoder
+    from swissarmy.data.samples.examples import Encoder
     from swissarmy.data.source import Source
     from swissarmy.data.survey import Encode, Survey
     from swissarmy.data.tokenizer import Tokenizer

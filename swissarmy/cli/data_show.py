@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swissarmy.data.build import Loaders
-    from swissarmy.data.collate import Batch
+    from swissarmy.data.loading.collate import Batch
     from swissarmy.data.tokenizer import Tokenizer
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
@@ -38,6 +38,8 @@ class ShowOptions(Options):
     """Which step of training."""
     batch_size: int = 4
     """Samples of a step."""
+    num_steps: int | None = None
+    """Print also how much of each source a run of so many steps sees."""
     ids: bool = False
     """Show token ids as well."""
 
@@ -47,6 +49,8 @@ class ShowOptions(Options):
             yield f"--step {self.step} must be at least 0"
         if self.batch_size < 1:
             yield f"--batch-size {self.batch_size} must be at least 1"
+        if self.num_steps is not None and self.num_steps <= self.step:
+            yield f"--num-steps {self.num_steps} must be above --step, which is {self.step}"
 
 
 def run(options: ShowOptions) -> int:
@@ -55,12 +59,14 @@ def run(options: ShowOptions) -> int:
     from swissarmy.interop.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
-    loaders = build_loaders(options.data, tokenizer, global_batch_size=options.batch_size)
+    loaders = build_loaders(options.data, tokenizer, global_batch_size=options.batch_size, num_steps=options.num_steps)
     batch = _batch(loaders, options.step)
     if "input_ids" not in batch:
         raise ConfigError(f"a batch of {', '.join(batch)} has no tokens to show.")
     console = output.console()
     plain = console.color_system is None
+    if options.num_steps is not None:
+        console.print("\n".join(loaders.plan), soft_wrap=True)
     console.print(_legend(batch, plain=plain), soft_wrap=True)
     for row in range(len(batch["input_ids"])):
         console.print(f"row {row}: {_described(batch, row)}", style="bold")

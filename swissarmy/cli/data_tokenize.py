@@ -56,8 +56,8 @@ class TokenizeOptions(Options):
 
 def run(options: TokenizeOptions) -> int:
     """Write the file."""
-    from swissarmy.data.encoders import TextEncoder
-    from swissarmy.data.examples import Examples
+    from swissarmy.data.samples.encoders import TextEncoder
+    from swissarmy.data.samples.examples import Examples
     from swissarmy.data.sources.concatenated import Concatenated
     from swissarmy.data.tokenize import write_tokens
     from swissarmy.interop.tokenizer import load_tokenizer

@@ -1,6 +1,7 @@
 """`sat eval`: measure how well a model predicts a text, or does on the tasks of lm-evaluation-harness."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any, final
 from rich.table import Table
 
 from swissarmy.cli import output
-from swissarmy.cli.command import DONE, CheckpointPath, Command, Options, UsageError
-from swissarmy.cli.loading import Device, Dtype, decode_text, load_model, outline_of_generator, read_text
+from swissarmy.cli.command import DONE, Command, UsageError
+from swissarmy.cli.loading import ModelOptions, decode_text, load_model, outline_of_generator, read_text
 from swissarmy.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,11 +22,9 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(Options):
+class EvalOptions(ModelOptions):
     """What `sat eval` takes."""
 
-    path: CheckpointPath
-    """A Hugging Face folder, a .gguf file, or the name of a model on the hub."""
     perplexity: Path | None = None
     """A UTF-8 text file, to be predicted token by token."""
     stride: int | None = None
@@ -46,10 +45,6 @@ class EvalOptions(Options):
     """With --tasks: how many requests are worked on at a time."""
     output: Path | None = None
     """With --tasks: a new file for the harness's whole report, each question and answer included, as JSON."""
-    dtype: Dtype | None = None
-    """The precision of the weights; as stored when left out (float32 for GGUF)."""
-    device: Device = "cpu"
-    """Where the model runs."""
     json: bool = False
     """Print a JSON object instead."""
 
@@ -73,6 +68,9 @@ class EvalOptions(Options):
 
 def run(options: EvalOptions) -> int:
     """Check everything that can be checked without the weights, load them, measure."""
+    if os.environ.get("RANK", "0") != "0" or os.environ.get("LOCAL_RANK", "0") != "0":
+        output.print_error("sat eval: one process measures; this rank leaves that to rank 0.")
+        return DONE
     if options.perplexity is not None:
         return _run_perplexity(options, options.perplexity)
     from swissarmy.cli.eval_tasks import run as run_tasks
@@ -91,7 +89,7 @@ def _run_perplexity(options: EvalOptions, file: Path) -> int:
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise UsageError(f"{file}: {len(ids)} tokens, and there must be two: the first begins the text.")
-    model = load_model(options.path, dtype=options.dtype, device=options.device)
+    model = load_model(options)
     facts = {
         "path": options.path,
         "file": str(file),

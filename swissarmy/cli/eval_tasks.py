@@ -101,7 +101,7 @@ def _measure(
 
     from swissarmy.generation.harness import HarnessModel
 
-    model = load_model(options.path, dtype=options.dtype, device=options.device)
+    model = load_model(options)
     harness = HarnessModel(model, tokenizer, batch_size=options.batch_size, progress=True)
     started = time.perf_counter()
     with _quiet_harness():

@@ -111,7 +111,7 @@ def run(options: GenerateOptions) -> int:
     tokenizer = load_tokenizer(options.path)
     check_lengths(outlined, tokenizer, prompts, options.max_new_tokens)
     constraint = read_constraint(options, tokenizer)
-    model = load_model(options.path, dtype=options.dtype, device=options.device)
+    model = load_model(options)
     if options.stream and len(prompts) == 1 and not (options.json or options.searches):
         _stream(model, tokenizer, prompts[0], options, constraint)
     else:

@@ -1,10 +1,11 @@
 """What `sat generate`, `sat chat` and `sat eval` have in common: a checkpoint that says what comes next, and text."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from swissarmy.cli import output
-from swissarmy.cli.command import UsageError
+from swissarmy.cli.command import CheckpointPath, Options, UsageError
 from swissarmy.core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -12,6 +13,21 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
+Quantize = Literal["fp16", "int8", "int4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """The flags that say which model runs, and how it is held."""
+
+    path: CheckpointPath
+    """A Hugging Face folder, a .gguf file, or the name of a model on the hub."""
+    dtype: Dtype | None = None
+    """The precision of the weights; as stored when left out (float32 for GGUF)."""
+    quantize: Quantize | None = None
+    """Hold the weights in so many bits: less memory, and faster on a CPU, for a loss that grows from fp16 to int4."""
+    device: Device = "cpu"
+    """Where the model runs."""
 
 
 def outline_of_generator(path: str) -> "Model":
@@ -46,7 +62,7 @@ def check_generates(model: "Model", path: str) -> None:
     raise ConfigError(f"{name} does not generate text: it is an encoder, or its head does not say what comes next.")
 
 
-def load_model(path: str, *, dtype: Dtype | None, device: Device) -> "Model":
+def load_model(options: ModelOptions) -> "Model":
     """The model with its weights.
 
     Raises:
@@ -56,10 +72,11 @@ def load_model(path: str, *, dtype: Dtype | None, device: Device) -> "Model":
 
     from swissarmy.interop.load import load
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; leave it out to run on the CPU.")
-    with output.console(stderr=True).status(f"loading {path}"):
-        return load(path, dtype=None if dtype is None else getattr(torch, dtype), device=device)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    with output.console(stderr=True).status(f"loading {options.path}"):
+        return load(options.path, dtype=dtype, device=options.device, quantize=options.quantize)
 
 
 def read_text(path: Path, flag: str) -> bytes:

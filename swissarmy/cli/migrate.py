@@ -13,9 +13,18 @@ from rich.table import Table
 from swissarmy.cli import output
 from swissarmy.cli.command import DONE, Command, Options, UsageError
 from swissarmy.cli.loading import decode_text, read_text
+from swissarmy.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from swissarmy.interop.sat_legacy.migrate import Migration
+
+_ONLY_OF_MODELS = frozenset({"model_class", "num_layers", "hidden_size", "num_attention_heads"})
+_STOCK_MIXINS = {
+    "positions": "LearnedPositionsMixin",
+    "experts": "MixtureOfExpertsMixin",
+    "prefix-tuning": "PrefixTuningMixin",
+}
+"""Kept mixins that this library has itself."""
 
 
 @final
@@ -27,6 +36,9 @@ class MigrateOptions(Options):
     """The old checkpoint: the folder with `latest`, that of one iteration, or a single .pt file. It is only read."""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The new folder."""
+    config: Path | None = None
+    """A YAML file with values for the flags; a flag given here wins. An old model_config.json serves as
+    --model-config."""
     family: str | None = None
     """The old family (bert, roberta, gpt2, llama, t5, vit, glm, ..., generic), where no model_config.json says it."""
     model_config: Path | None = None
@@ -102,21 +114,23 @@ def show(done: "Migration") -> None:
         table.add_row(name, text)
     console.print(table)
     if done.mixins:
-        first = next(iter(done.mixins)).rpartition("mixins.")[2]
+        names = [name.rpartition("mixins.")[2] for name in done.mixins]
+        stock = ", ".join(f"{name} is sat.{_STOCK_MIXINS[name]}" for name in names if name in _STOCK_MIXINS)
         console.print(
-            "\nMixins' weights were kept for mixins of yours with parameters of these names:\n"
-            f'  sat.load("{done.target}", mixins={{"{first}": MyMixin(...), ...}})',
+            f"\nMixins' weights were kept for mixins with parameters of these names{stock and f' ({stock})'}:\n"
+            f'  sat.load("{done.target}", mixins={{"{names[0]}": MyMixin(...), ...}})',
             soft_wrap=True,
         )
 
 
 def _rows(done: "Migration") -> dict[str, str]:
     before, after = done.vocabulary
-    steps = f"iteration {done.iteration}" if done.step != "release" else "release"
+    iteration = done.step or "unknown" if done.iteration is None else done.iteration
+    steps = "release" if done.step == "release" else f"iteration {iteration}"
     ranks = "one file" if done.ranks == 1 else f"{done.ranks} model-parallel files, merged"
     rows = {
         "from": f"{done.family}, generation {done.generation} of names, {steps}, {ranks}",
-        "to": f"{done.target} ({done.model_type})",
+        "to": f"{done.target} ({_kind(done)})",
         "parameters": f"{done.parameters:,}",
         "vocabulary": f"{after:,}" if before == after else f"{after:,}; {before - after:,} rows of padding were cut",
     }
@@ -126,6 +140,13 @@ def _rows(done: "Migration") -> dict[str, str]:
         rows[f"kept {name}"] = f"{size:,} parameters"
     named = {"tied": done.tied, "new, at zero": done.zeros, "dropped (computed)": done.dropped}
     return rows | {title: ", ".join(names) for title, names in named.items() if names}
+
+
+def _kind(done: "Migration") -> str:
+    """What the target holds."""
+    if done.model_type != "swissarmy":
+        return f"family {done.model_type}"
+    return "the plain backbone" if done.family == "generic" else f"the plain backbone: {done.family} has no file here"
 
 
 def _positions(given: tuple[str, ...]) -> list[str]:
@@ -143,6 +164,12 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--set {text}: write NAME=VALUE, such as num_attention_heads=16")
+    from swissarmy.interop.sat_legacy.facts import check_argument_name
+
+    try:
+        check_argument_name(name)
+    except ConfigError as error:
+        raise UsageError(f"--set {text}: {error}") from error
     return name, _parsed(value, f"--set {text}")
 
 
@@ -151,6 +178,15 @@ def _way(text: str) -> tuple[str, str]:
     if not equals or not pattern:
         raise UsageError(f"--split {text}: write NAMES=rows or NAMES=columns")
     return pattern, way
+
+
+def _old_arguments(path: Path) -> dict[str, Any] | None:
+    """`--config model_config.json` as `--model-config`; `None` for a file of flags, none of which has such a name."""
+    try:
+        values = _read_mapping(path, "--config")
+    except UsageError:  # the reader of flags says it with the line
+        return None
+    return {"model_config": path} if _ONLY_OF_MODELS.intersection(values) else None
 
 
 def _read_mapping(path: Path, flag: str) -> dict[str, Any]:
@@ -182,5 +218,6 @@ COMMAND = Command(
     ),
     options=MigrateOptions,
     repeatable=("--map", "--set", "--split"),
+    other_config=_old_arguments,
     run=run,
 )

@@ -1,23 +1,20 @@
-"""The flags of the commands that generate: how tokens are chosen, and where the model runs."""
+"""The flags of the commands that generate: how tokens are chosen."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swissarmy.cli.command import CheckpointPath, Options
-from swissarmy.cli.loading import Device, Dtype
+from swissarmy.cli.loading import ModelOptions
 
 if TYPE_CHECKING:
     from swissarmy.generation.strategies import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(Options):
+class SamplingOptions(ModelOptions):
     """The flags that `sat generate` and `sat chat` share."""
 
-    path: CheckpointPath
-    """A Hugging Face folder, a .gguf file, or the name of a model on the hub."""
     temperature: float | None = None
     """Draw tokens, below 1 sharper and above 1 flatter. Without this, top-k, top-p and seed: the likeliest token."""
     top_k: int | None = None
@@ -26,10 +23,6 @@ class SamplingOptions(Options):
     """Draw only from the likeliest tokens that together reach this probability."""
     seed: int | None = None
     """Makes the draws repeatable."""
-    dtype: Dtype | None = None
-    """The precision of the weights; as stored when left out (float32 for GGUF)."""
-    device: Device = "cpu"
-    """Where the model runs."""
 
     def problems(self) -> Iterator[str]:
         """Values outside their ranges."""

@@ -29,6 +29,7 @@ from swissarmy.nn.norms import RMSNorm
 from swissarmy.nn.reduced_linear import Kind
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.model", "mixins/*")
+_OF_THE_OLDER_SAT = ("latest", "mp_rank_*", "*.pt")
 
 
 def load(
@@ -181,9 +182,19 @@ def open_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple
     folder = resolve(path, PATTERNS)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        found = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
-        raise CheckpointError(f"{folder} has no config.json; it holds: {found}.")
+        raise _no_config(folder)
     return read_json(config_file), SafetensorsSource(folder), str(config_file)
+
+
+def _no_config(place: Path) -> CheckpointError:
+    """The error for a file, or a folder without `config.json`; what the older SAT wrote has a command of its own."""
+    names = [place.name] if place.is_file() else sorted(item.name for item in place.iterdir())
+    what = f"has no config.json; it holds: {', '.join(names) or 'nothing'}"
+    if place.is_file():
+        what = "is a file; a checkpoint is a folder with a config.json, or a .gguf file"
+    is_old = any(Path(name).match(pattern) for name in names for pattern in _OF_THE_OLDER_SAT)
+    cure = f" It looks like a checkpoint of the older SAT: bring it along with `sat migrate {place} NEW`."
+    return CheckpointError(f"{place} {what}.{cure if is_old else ''}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -83,6 +83,17 @@ def test_chat_takes_a_system_prompt_and_sampling_flags(sat: Any, tiny: Path, tem
     assert sat("chat", tiny, "--template", template, *flags) == (0, want, "")
 
 
+def test_chat_takes_reduced_weights(sat: Any, tiny: Path, template: Path, says: Any) -> None:
+    says("once")
+    chat = Chat(
+        swissarmy.load(tiny, quantize="int4"),
+        swissarmy.load_tokenizer(tiny).with_chat_template(TEMPLATE),
+        max_new_tokens=4,
+    )
+    want = "".join(chat.reply("once")) + "\n"
+    assert sat("chat", tiny, "--template", template, "--quantize", "int4", "--max-new-tokens", 4) == (0, want, "")
+
+
 def test_a_template_that_comes_with_the_checkpoint_is_used(sat: Any, tiny: Path, tmp_path: Path, says: Any) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)

@@ -10,7 +10,7 @@ from PIL import Image
 import swissarmy
 from swissarmy.data.source import DataError
 from swissarmy.data.sources.open import open_source
-from swissarmy.data.token_file import TokenFile
+from swissarmy.data.sources.token_file import TokenFile
 
 TEXTS = ["once upon a time", "there was a tiny model", "once upon a time", "a tiny\n\tcaf\u00e9"]
 
@@ -250,6 +250,20 @@ def test_show_takes_weights_steps_and_a_file(sat: Any, tiny: Path, good: Path, p
     assert sat("data", "show", "--config", config, "--step", 1) == second
     rows = [line for _, out, _ in (first, second) for line in out.split("\n") if line.startswith("row")]
     assert len(rows) == 4
+
+
+def test_show_says_how_much_a_run_sees_of_each_source(sat: Any, tiny: Path, good: Path, prompts: Path) -> None:
+    code, out, err = sat(
+        "data", "show", "--train-data", good, prompts, "--train-data-weights", 1, 1, "--train-data-weights-mean",
+        "share", "--train-data-weights-schedule", "10: 1 3", "--tokenizer", tiny, "--num-steps", 20,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    run, first, second = out.split("\n")[:3]
+    assert run == "train: 20 steps of 4 samples, 80 in all"
+    assert f"{good}: 30 samples (37.50 %)" in first
+    assert f"{prompts}: 50 samples (62.50 %), 25.00 epochs of 2" in second
+    code, _, err = sat("data", "show", "--train-data", good, "--tokenizer", tiny, "--num-steps", 3, "--step", 3)
+    assert (code, "--num-steps 3 must be above --step" in err) == (2, True)
 
 
 def test_show_also_shows_what_is_only_evaluated(sat: Any, tiny: Path, good: Path) -> None:

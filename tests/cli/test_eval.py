@@ -51,6 +51,31 @@ def test_eval_prints_a_table(sat: Any, tiny: Path, text: Path) -> None:
         assert name in out
 
 
+def test_eval_measures_reduced_weights(sat: Any, tiny: Path, text: Path) -> None:
+    code, out, _ = sat("eval", tiny, "--perplexity", text, "--json", "--quantize", "int4")
+    ids = torch.tensor(swissarmy.load_tokenizer(tiny).encode(TEXT))
+    want = swissarmy.evaluate_perplexity(swissarmy.load(tiny, quantize="int4"), ids, stride=16)
+    assert (code, json.loads(out)["nats_per_token"]) == (0, pytest.approx(want.nll))
+    assert want.nll != swissarmy.evaluate_perplexity(swissarmy.load(tiny), ids, stride=16).nll
+
+
+@pytest.mark.parametrize("flags", [["--perplexity", "TEXT"], ["--tasks", "tiny_capitals", "--include-path", TASKS]])
+def test_of_the_processes_that_a_launcher_starts_the_first_measures(
+    sat: Any, tiny: Path, text: Path, flags: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["eval", tiny, *(text if flag == "TEXT" else flag for flag in flags), "--json"]
+    monkeypatch.setenv("RANK", "1")
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        code, out, err = sat(*command)
+        assert (code, out) == (0, "")
+        assert "leaves that to rank 0" in err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, out, _ = sat(*command)
+    assert (code, json.loads(out)["path"]) == (0, str(tiny))
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [

@@ -6,13 +6,15 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import transformers
 
 import swissarmy
+from swissarmy.cli.loading import Quantize
+from swissarmy.nn.reduced_linear import Kind
 
 
 def expected(folder: Path, *prompts: str, **options: Any) -> list[str]:
@@ -147,6 +149,26 @@ def test_generate_reads_standard_input_and_a_file(
 
 def test_generate_takes_a_dtype(sat: Any, tiny: Path) -> None:
     assert sat("generate", tiny, "--prompt", "once", "--dtype", "bfloat16", "--max-new-tokens", 2)[0] == 0
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_generate_takes_reduced_weights(sat: Any, tiny: Path, kind: Kind) -> None:
+    model, tokenizer = swissarmy.load(tiny, quantize=kind), swissarmy.load_tokenizer(tiny)
+    (made,) = swissarmy.generate_with_logprobs(model, tokenizer, ["once"], max_new_tokens=6)
+    code, out, err = sat("generate", tiny, "--prompt", "once", "--max-new-tokens", 6, "--quantize", kind, "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["text"] == made.text
+    assert [token["logprob"] for token in facts["tokens"]] == pytest.approx(made.logprobs)
+    assert get_args(Quantize) == get_args(Kind)
+
+
+def test_a_kind_of_weights_that_does_not_exist_is_refused_before_anything_is_loaded(sat: Any) -> None:
+    for command in ("generate", "chat", "eval"):
+        code, out, err = sat(command, "nowhere", "--quantize", "in8")
+        assert (code, out) == (2, "")
+        for name in ("--quantize", "in8", "int8"):
+            assert name in err
 
 
 @pytest.mark.parametrize(

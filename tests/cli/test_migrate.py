@@ -75,6 +75,21 @@ def test_old_arguments_come_from_a_file(sat: Any, tmp_path: Path, name: str) -> 
     assert same_logits(tmp_path / "new")
 
 
+@pytest.mark.parametrize("flag", ["--config", "--model-config"])
+def test_the_config_may_be_the_model_config_itself(sat: Any, tmp_path: Path, flag: str) -> None:
+    old = old_gpt2(tmp_path / "old")
+    config = (old / "model_config.json").rename(tmp_path / "model_config.json")
+    assert sat("migrate", old, tmp_path / "new", "--family", "gpt2", flag, config)[0] == 0
+    assert same_logits(tmp_path / "new")
+
+
+def test_a_slip_in_a_file_of_flags_is_no_model_config(sat: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"famly": "gpt2"}')
+    code, _, err = sat("migrate", old_gpt2(tmp_path / "old"), tmp_path / "new", "--config", tmp_path / "run.json")
+    assert code == 2
+    assert "run.json:1: unknown key 'famly'. Did you mean 'family'?" in err
+
+
 @pytest.mark.parametrize("as_file", [True, False])
 def test_mixins_by_position_are_named_by_pairs_or_by_a_file(sat: Any, tmp_path: Path, as_file: bool) -> None:
     state, config = legacy.gpt2(tiny_model("gpt2"))
@@ -98,6 +113,14 @@ def test_kept_mixins_are_listed_with_how_to_load_them(sat: Any, tmp_path: Path) 
     assert 'mixins={"adapter": MyMixin(...), ...}' in out
 
 
+def test_a_family_without_a_file_is_said_to_become_the_plain_backbone(sat: Any, tmp_path: Path) -> None:
+    state, config = legacy.gpt2(tiny_model("gpt2"))
+    old = legacy.write(tmp_path / "old", [state], config | {"model_class": "GLMModel"})
+    _, out, _ = sat("migrate", old, tmp_path / "new")
+    assert "the plain backbone: glm has no file here" in " ".join(out.split())
+    assert "(positions is sat.LearnedPositionsMixin)" in out
+
+
 def test_flags_may_come_from_a_yaml_file(sat: Any, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("family: gpt2\nset: [num_attention_heads=4]\nvocab-size: 61\n")
     old = old_gpt2(tmp_path / "old", config=False)
@@ -111,8 +134,10 @@ def test_flags_may_come_from_a_yaml_file(sat: Any, tmp_path: Path) -> None:
         (["--vocab-size", "0"], 2, "--vocab-size 0 must be at least 1"),
         (["--vocab-size", "9", "--keep-padding"], 2, "give one of them"),
         (["--set", "heads"], 2, "write NAME=VALUE"),
+        (["--set", "num_atention_heads=4"], 2, "Did you mean 'num_attention_heads'?"),
         (["--set", "image_size=[1"], 2, "neither JSON nor YAML"),
         (["--split", "mixins.x"], 2, "write NAMES=rows or NAMES=columns"),
+        (["--split", "mixins.mine.*=rows"], 1, "--split 'mixins.mine.*=...' is of no tensor"),
         (["--map", "a=b"], 1, "write INDEX=NAME"),
         (["--map", "nowhere.yaml"], 2, "nowhere.yaml: No such file"),
         (["--step", "7"], 1, "the steps that exist are: 1000"),

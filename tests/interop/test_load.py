@@ -253,7 +253,32 @@ def test_a_folder_without_a_config_says_what_it_holds(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / "config.json").unlink()
     assert "has no config.json; it holds: " in refused(folder)
+    assert "sat migrate" not in refused(folder)
     assert WEIGHTS in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("latest", "1000/mp_rank_00_model_states.pt", "model_config.json"),
+        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
+        ("weights.pt",),
+    ],
+)
+def test_a_checkpoint_of_the_older_sat_is_shown_its_way(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert f"bring it along with `sat migrate {tmp_path} NEW`" in refused(tmp_path)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_as_a_file(tmp_path: Path) -> None:
+    weights = saved(tmp_path) / WEIGHTS
+    assert f"{weights} is a file; a checkpoint is a folder with a config.json" in refused(weights)
+    assert "sat migrate" not in refused(weights)
+    old = tmp_path / "mp_rank_00_model_states.pt"
+    old.touch()
+    assert f"bring it along with `sat migrate {old} NEW`" in refused(old)
 
 
 def test_overrides_change_the_configuration_before_building(tmp_path: Path) -> None:

@@ -3,13 +3,26 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, final
+from typing import Any, Final, Literal, TypeVar, final, get_args
 
-from swissarmy.core.errors import ConfigError
+from swissarmy.core.errors import CheckpointError, ConfigError, nearest
 from swissarmy.interop.sat_legacy.merge import MergedSource
 
 Order = Literal["pre", "post", "sandwich"]
 CrossNorms = Literal["early", "late"]
+ArgumentName = Literal[
+    "activation", "bos_token_id", "causal", "eos_token_id", "hidden_size", "image_size", "layernorm_epsilon",
+    "layernorm_order", "max_sequence_length", "model_class", "model_parallel_size", "num_attention_heads", "num_layers",
+    "num_multi_query_heads", "pad_token_id", "patch_size", "post_len", "post_ln", "pre_len", "rope_theta",
+    "sandwich_ln", "vocab_size",
+]  # fmt: skip
+"""Old arguments that a migration reads; it takes the other sizes from the tensors."""
+
+DECODER: Final = "dec_"
+"""What the arguments of a decoder begin with, where they are not those of its encoder."""
+TEXT: Final = "text_"
+"""The same for the text tower beside a vision tower."""
+
 T = TypeVar("T")
 _FIRST = "layers.0."
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
@@ -23,7 +36,7 @@ class Arguments:
     values: Mapping[str, Any]
     where: str
 
-    def get(self, name: str, kind: type[T], default: T) -> T:
+    def get(self, name: ArgumentName, kind: type[T], default: T) -> T:
         """One of them, or the default where it is absent or null.
 
         Raises:
@@ -38,7 +51,7 @@ class Arguments:
             raise ConfigError(f"{self.where}: {name}={value!r} is not {kind.__name__}")
         return value
 
-    def need(self, name: str) -> int:
+    def need(self, name: ArgumentName) -> int:
         """A size that no tensor's shape tells.
 
         Raises:
@@ -91,6 +104,31 @@ class BackboneFacts:
     gated: bool
     """Whether the backbone's own MLP has a gate."""
     cross_attention: bool
+
+
+def shape_of(source: MergedSource, name: str, *, dims: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that is a matrix, or has so many dimensions.
+
+    Raises:
+        CheckpointError: It is not there, is empty, or has others.
+    """
+    shape = tuple(source.shape(name))
+    if len(shape) != dims or 0 in shape:
+        raise CheckpointError(
+            f"{source.where(name)}: {name} is {list(shape)}, and must have {dims} dimensions, none of them empty"
+        )
+    return shape
+
+
+def check_argument_name(name: str) -> None:
+    """Refuse what no migration reads, such as a slip of the pen.
+
+    Raises:
+        ConfigError: There is no such argument.
+    """
+    known = get_args(ArgumentName)
+    if name.removeprefix(DECODER).removeprefix(TEXT) not in known:
+        raise ConfigError(f"a migration reads no argument '{name}'.{nearest(name, known)} It reads: {', '.join(known)}")
 
 
 def backbone_facts(
@@ -155,7 +193,7 @@ class _Tensors:
         return name in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._source.shape(f"{self._start}{name}"))
+        return shape_of(self._source, f"{self._start}{name}")
 
 
 def _heads(tensors: _Tensors, arguments: Arguments) -> tuple[int, int, int]:
@@ -193,10 +231,11 @@ def _order(arguments: Arguments, *, sandwich: bool, default: Order) -> Order:
 
 def _check(facts: BackboneFacts, arguments: Arguments, *, asked: int | None) -> None:
     """Refuse arguments that the tensors contradict."""
-    for name in ("num_layers", "hidden_size"):
-        said, found = arguments.get(name, int, getattr(facts, name)), getattr(facts, name)
+    sizes: Mapping[ArgumentName, int] = {"num_layers": facts.num_layers, "hidden_size": facts.hidden_size}
+    for name, found in sizes.items():
+        said = arguments.get(name, int, found)
         if said != found:
             raise ConfigError(f"{arguments.where}: {name} is {said}, and the tensors have {found}")
     if not 0 < facts.vocab_size <= facts.vocab_rows:
-        said = "--vocab-size" if asked else f"{arguments.where}: vocab_size"
-        raise ConfigError(f"{said} is {facts.vocab_size}, and the word embeddings have {facts.vocab_rows} rows")
+        what = "--vocab-size" if asked else f"{arguments.where}: vocab_size"
+        raise ConfigError(f"{what} is {facts.vocab_size}, and the word embeddings have {facts.vocab_rows} rows")

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from swissarmy.core.errors import ConfigError, nearest
 from swissarmy.core.weight_map import Rule, WeightMap, same
-from swissarmy.interop.sat_legacy.facts import Arguments, BackboneFacts
+from swissarmy.interop.sat_legacy.facts import DECODER, Arguments, BackboneFacts, shape_of
 from swissarmy.interop.sat_legacy.layout import (
     BIASES,
     DEFAULT_EPSILON,
@@ -30,7 +30,7 @@ def bert(checkpoint: Checkpoint) -> Found:
     """BERT: layer norms after each sublayer, token types, a masked-LM head."""
     facts = checkpoint.facts(order="post")
     types = "mixins.bert-type.type_embeddings.weight"
-    num_types = checkpoint.source.shape(types)[0] if checkpoint.has(types) else 1
+    num_types = shape_of(checkpoint.source, types)[0] if checkpoint.has(types) else 1
     config = {"model_type": "bert", **_encoder_config(checkpoint, facts), "type_vocab_size": num_types}
     head = "BertForMaskedLM" if checkpoint.has("mixins.bert-final.") else "BertModel"
     return _encoder(checkpoint, facts, config, head)
@@ -107,7 +107,7 @@ def llama(checkpoint: Checkpoint) -> Found:
 
 def t5(checkpoint: Checkpoint) -> Found:
     """T5: two stacks with shared word embeddings, relative positions, and in version 1.1 a gate and an own head."""
-    encoder, decoder = checkpoint.facts(prefix="encoder."), checkpoint.facts(prefix="decoder.", arguments="dec_")
+    encoder, decoder = checkpoint.facts(prefix="encoder."), checkpoint.facts(prefix="decoder.", arguments=DECODER)
     words, head = f"encoder.{WORDS}", "decoder.mixins.t5-final.lm_head.weight"
     tied, gated = not checkpoint.has(head), checkpoint.has("encoder.mixins.gated-mlp.")
     table = "mixins.t5-attention.relative_attention_bias.weight"
@@ -122,7 +122,7 @@ def t5(checkpoint: Checkpoint) -> Found:
         "num_layers": encoder.num_layers,
         "num_decoder_layers": decoder.num_layers,
         "num_heads": encoder.num_attention_heads,
-        "relative_attention_num_buckets": checkpoint.source.shape(f"encoder.{table}")[0],
+        "relative_attention_num_buckets": shape_of(checkpoint.source, f"encoder.{table}")[0],
         "feed_forward_proj": "gated-gelu" if gated else "relu",
         "layer_norm_epsilon": encoder.epsilon or 1e-6,  # the default of its own norm, unlike that of the others
         "tie_word_embeddings": tied,

@@ -13,7 +13,7 @@ from swissarmy.interop.hub import describe_folder
 from swissarmy.interop.load import read_json
 from swissarmy.interop.tensor_source import TensorFile
 
-CONFIG_FILE = "model_config.json"
+_CONFIG_FILE = "model_config.json"
 _TRACKER = "latest"
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _STEP = re.compile(r"\d+(-ema)?|release")
@@ -32,6 +32,8 @@ class LegacyFolder:
     """One for each model-parallel rank, in their order."""
     config: Mapping[str, Any]
     """What `model_config.json` says; empty where there is none."""
+    config_place: str
+    """Where it lies, or is missing; begins the message of an error."""
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, step: str | None = None) -> LegacyFolder:
@@ -49,14 +51,14 @@ def find_checkpoint(path: str | os.PathLike[str], *, step: str | None = None) ->
         raise CheckpointError(f"{os.fspath(path)!r} is not a path: it contains a NUL")
     given = Path(path)
     if given.is_file():
-        return LegacyFolder(given.parent, "", (given,), _read_config(given.parent, given.parent.parent))
+        return LegacyFolder(given.parent, "", (given,), *_read_config(given.parent, given.parent.parent))
     if not given.is_dir():
         raise CheckpointError(f"{given}: there is no such file or folder")
     if step is None and _rank_files(given):
-        return LegacyFolder(given, given.name, _all_ranks(given, given), _read_config(given, given.parent))
+        return LegacyFolder(given, given.name, _all_ranks(given, given), *_read_config(given, given.parent))
     chosen = _latest(given) if step is None else _checked_step(given, step, f"step {step!r}")
     files = _all_ranks(given, given / chosen)
-    return LegacyFolder(given, chosen, files, _read_config(given))
+    return LegacyFolder(given, chosen, files, *_read_config(given))
 
 
 def _latest(root: Path) -> str:
@@ -109,12 +111,13 @@ def missing_ranks(folder: Path, missing: Iterable[int], size: int) -> Checkpoint
     return CheckpointError(f"{folder} lacks {names}: the model was split over {size} ranks, and every share is needed")
 
 
-def _read_config(*folders: Path) -> Mapping[str, Any]:
+def _read_config(*folders: Path) -> tuple[Mapping[str, Any], str]:
+    """What the first `model_config.json` says, and where it is."""
     for folder in folders:
-        file = folder / CONFIG_FILE
+        file = folder / _CONFIG_FILE
         if os.path.lexists(file):
-            return read_json(_inside(folder, file))
-    return {}
+            return read_json(_inside(folder, file)), str(file)
+    return {}, f"{folders[0]}, without {_CONFIG_FILE}"
 
 
 def _inside(root: Path, path: Path) -> Path:

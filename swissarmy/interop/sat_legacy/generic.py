@@ -1,10 +1,11 @@
 """Any other old model: its backbone, as the plain backbone of this library."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 from swissarmy.core.weight_map import WeightMap
-from swissarmy.interop.sat_legacy.facts import BackboneFacts
+from swissarmy.interop.sat_legacy.facts import DECODER, TEXT, BackboneFacts
 from swissarmy.interop.sat_legacy.layout import DEFAULT_EPSILON, Checkpoint, Found, backbone_rules
 
 ACTIVATIONS: Final[Mapping[str, str]] = {
@@ -17,7 +18,8 @@ ACTIVATIONS: Final[Mapping[str, str]] = {
 }
 """Of families; all others have SAT's own, the tanh approximation of GELU."""
 
-_SEE_EVERYTHING = ("eva_clip", "clip image_encoder.")
+_SEES_EVERYTHING = re.compile(r"eva_clip (?!.*text_).*|clip (.*\.)?image_encoder\.|\S+ (.*\.)?encoder\.")
+"""A family, and what the names of one of its Transformers begin with, where that one looks ahead."""
 
 
 def parts_of(checkpoint: Checkpoint) -> list[str]:
@@ -32,10 +34,10 @@ def parts_of(checkpoint: Checkpoint) -> list[str]:
 
 def generic(checkpoint: Checkpoint, family: str, prefix: str) -> Found:
     """The plain backbone of one part, with nothing but what is under `transformer.`."""
-    own = {"decoder.": "dec_", "text_encoder.": "text_"}.get(prefix, "")
+    own = {"decoder.": DECODER, "text_encoder.": TEXT}.get(prefix, "")
     facts = checkpoint.facts(prefix=prefix, arguments=own)
     arguments = checkpoint.arguments.for_part(own)
-    causal = f"{family} {prefix}".strip() not in _SEE_EVERYTHING and prefix != "encoder."
+    causal = _SEES_EVERYTHING.fullmatch(f"{family} {prefix}") is None
     backbone = _backbone(facts) | {
         "activation": arguments.get("activation", str, ACTIVATIONS.get(family, "gelu_new")),
         "causal": arguments.get("causal", bool, causal),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from swissarmy.core.weight_map import Rule, WeightMap, joined, same
-from swissarmy.interop.sat_legacy.facts import Arguments, BackboneFacts, CrossNorms, Order, backbone_facts
+from swissarmy.interop.sat_legacy.facts import ArgumentName, Arguments, BackboneFacts, CrossNorms, Order, backbone_facts
 from swissarmy.interop.sat_legacy.merge import MergedSource
 
 WORDS: Final = "transformer.word_embeddings.weight"
@@ -122,5 +122,5 @@ def _norm_rules(facts: BackboneFacts, theirs: str, to: str, cross_norms: CrossNo
 
 def token_ids(arguments: Arguments) -> dict[str, int]:
     """Ids of special tokens that were written down; -1 stood for none."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    names: tuple[ArgumentName, ...] = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: value for name in names if (value := arguments.get(name, int, -1)) >= 0}

@@ -203,6 +203,10 @@ class MergedSource:
             return _WHOLE
         if name not in self._splits:
             split = next((it for it in (*self._own_splits, *_SPLITS) if it.names.fullmatch(name)), _WHOLE)
+            if split.dim is not None and split.dim >= len(self._share(0, name).shape):
+                raise CheckpointError(
+                    f"'{name}' is {list(self._share(0, name).shape)}, and is split on dimension {split.dim}"
+                )
             if split.or_whole and self._is_equal(name):
                 split = _WHOLE
             self._splits[name] = split

@@ -9,19 +9,28 @@ The names of the second are taken for canonical.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final, Literal
+from typing import Literal
 
-from swissarmy.core.errors import CheckpointError, nearest
+from swissarmy.core.errors import CheckpointError
 
 Generation = Literal[1, 2, 3]
 
-KNOWN_MIXINS: Final = (
-    "auto-regressive", "extra_position_embedding", "attention_plus", "block_position_embedding", "final",
-    "t5-attention", "t5-position", "t5-final", "gated-mlp", "patch_embedding", "pos_embedding", "roberta-final",
-    "bert-final", "bert-type", "gpt2-final", "gpt2-attn", "rotary", "lm", "mlp", "attn", "chatglm-final",
-    "chatglm-attn", "classification_head", "prefix-tuning", "finetune_head", "lora", "adapter", "cls",
-)  # fmt: skip
-"""Names that old checkpoints use, for messages."""
+LIKELY_MIXINS: Mapping[str, str] = {
+    "lm_head.dense": "bert-final or roberta-final",
+    "lm_head.decoder": "bert-final or roberta-final",
+    "lm_head.weight": "gpt2-final, lm, t5-final or chatglm-final",
+    "type_embeddings": "bert-type",
+    "bias": "gpt2-attn",
+    "block_position_embeddings": "block_position_embedding",
+    "relative_attention_bias": "t5-attention",
+    "gated_h_to_4h_list": "gated-mlp",
+    "gate_proj": "mlp",
+    "rotary_emb": "rotary",
+    "proj": "patch_embedding",
+    "prefix": "prefix-tuning",
+    "classifier": "cls",
+}
+"""The names that later releases gave to mixins whose parameters begin like this, for messages."""
 
 KNOWN_POSITIONS: Mapping[tuple[int, str], str] = {
     (0, "position_embeddings"): "extra_position_embedding",
@@ -116,6 +125,9 @@ def _explain(unnamed: Mapping[int, list[str]], place: str) -> str:
     lines = []
     for index, parameters in sorted(unnamed.items()):
         shown = ", ".join(parameters[:4]) + (", ..." if len(parameters) > 4 else "")
-        lines.append(f"mixins.{index}: {shown}.{nearest(parameters[0].split('.')[0], KNOWN_MIXINS)}")
+        likely = next(
+            (name for start, name in LIKELY_MIXINS.items() if f"{parameters[0]}.".startswith(f"{start}.")), ""
+        )
+        lines.append(f"mixins.{index}: {shown}" + (f" (later called {likely})" if likely else ""))
     cure = " ".join(f"{index}=NAME" for index in sorted(unnamed))
     return "\n  - ".join([f"{place} has mixins by position that no map names; say --map {cure}:", *lines])

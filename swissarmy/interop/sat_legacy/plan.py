@@ -2,16 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, final
 
 import torch
 
-from swissarmy.core.errors import CheckpointError
+from swissarmy.core.errors import CheckpointError, nearest
 from swissarmy.interop.sat_legacy.facts import Arguments, CrossNorms
 from swissarmy.interop.sat_legacy.families import LAYOUTS, find_family
-from swissarmy.interop.sat_legacy.folder import CONFIG_FILE, LegacyFolder, find_checkpoint, missing_ranks
+from swissarmy.interop.sat_legacy.folder import LegacyFolder, find_checkpoint, missing_ranks
 from swissarmy.interop.sat_legacy.generic import generic, parts_of
 from swissarmy.interop.sat_legacy.layout import WORDS, Checkpoint
 from swissarmy.interop.sat_legacy.merge import MergedSource, user_split
@@ -83,11 +84,12 @@ def open_legacy(path: str | os.PathLike[str], options: Options | None = None) ->
     options = options or Options()
     folder = find_checkpoint(path, step=options.step)
     files = tuple(TorchFile(file) for file in folder.files)
-    arguments = Arguments({**folder.config, **(options.arguments or {})}, str(folder.root / CONFIG_FILE))
+    arguments = Arguments({**folder.config, **(options.arguments or {})}, folder.config_place)
     _check_ranks(folder, files, arguments)
     positions = options.positions or {}
     names = [canonical_names(file.tensors, positions, str(file.path)) for file in files]
     source = MergedSource(files, names, [user_split(*item) for item in (options.splits or {}).items()])
+    _check_splits(source, options.splits or {})
     family = find_family(options.family, arguments)
     checkpoint = Checkpoint(
         source=source,
@@ -133,6 +135,13 @@ def _check_ranks(folder: LegacyFolder, files: Sequence[TorchFile], arguments: Ar
         if len(set(map(str, steps.values()))) > 1:
             shown = ", ".join(f"{name}: {step}" for name, step in steps.items())
             raise CheckpointError(f"{folder.files[0].parent}: the ranks are of different steps ({key} {shown})")
+
+
+def _check_splits(source: MergedSource, patterns: Iterable[str]) -> None:
+    """Each pattern of the caller is of some tensor: a slip would leave equal shares unmerged."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in source.names()):
+            raise CheckpointError(f"--split '{pattern}=...' is of no tensor.{nearest(pattern, source.names())}")
 
 
 def _parts(checkpoint: Checkpoint, family: str, options: Options) -> Iterator[Part]:

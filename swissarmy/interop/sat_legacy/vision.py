@@ -1,9 +1,11 @@
 """ViT: patches, a class token among the words, and tables of positions that one release named after their grid."""
 
 import re
+from collections.abc import Mapping
 
 from swissarmy.core.errors import ConfigError
 from swissarmy.core.weight_map import WeightMap, joined, same
+from swissarmy.interop.sat_legacy.facts import ArgumentName, Arguments, shape_of
 from swissarmy.interop.sat_legacy.layout import (
     DEFAULT_EPSILON,
     POSITIONS,
@@ -18,11 +20,11 @@ def vit(checkpoint: Checkpoint) -> Found:
     """ViT: the class token is a word, and positions are a table of their own name in 0.1.9."""
     facts, arguments = checkpoint.facts(), checkpoint.arguments
     patches, table = "mixins.patch_embedding.proj.weight", _vit_positions(checkpoint)
-    channels, rows, columns = checkpoint.source.shape(patches)[1:]
+    channels, rows, columns = shape_of(checkpoint.source, patches, dims=4)[1:]
     classifier = next(
         (name for name in ("classifier", "mixins.cls.classifier") if checkpoint.has(f"{name}.weight")), None
     )
-    labels = 0 if classifier is None else checkpoint.source.shape(f"{classifier}.weight")[0]
+    labels = 0 if classifier is None else shape_of(checkpoint.source, f"{classifier}.weight")[0]
     config = {
         "model_type": "vit",
         "architectures": ["ViTModel" if classifier is None else "ViTForImageClassification"],
@@ -38,7 +40,8 @@ def vit(checkpoint: Checkpoint) -> Found:
         "qkv_bias": facts.query_key_value_bias,
         **({"id2label": {str(label): f"LABEL_{label}" for label in range(labels)}} if labels else {}),
     }
-    for name, expected in (("pre_len", 1), ("post_len", 0)):
+    one_token_in_front: Mapping[ArgumentName, int] = {"pre_len": 1, "post_len": 0}
+    for name, expected in one_token_in_front.items():
         if arguments.get(name, int, expected) != expected:
             raise ConfigError(
                 f"{arguments.where}: {name} is not {expected}: ViT has one class token, in front; use --family generic"
@@ -61,8 +64,8 @@ def _vit_positions(checkpoint: Checkpoint) -> str:
     named = [name for name in checkpoint.source.names() if name.startswith(start)]
     if len(named) < 2:
         return named[0] if named else POSITIONS
-    size, patch = checkpoint.arguments.values.get("image_size"), checkpoint.arguments.get("patch_size", int, 0)
-    if isinstance(size, list) and len(size) == 2 and patch:
+    size, patch = _said_size(checkpoint.arguments), checkpoint.arguments.get("patch_size", int, 0)
+    if size is not None and patch > 0:
         grid = f"{size[0] // patch}x{size[1] // patch}_"
         chosen = [name for name in named if name.startswith(start + grid)]
         if len(chosen) == 1:
@@ -73,16 +76,29 @@ def _vit_positions(checkpoint: Checkpoint) -> str:
     )
 
 
+def _said_size(arguments: Arguments) -> tuple[int, int] | None:
+    """Height and width as the arguments have them; some releases wrote a single number, or nothing."""
+    match arguments.values.get("image_size"):
+        case None:
+            return None
+        case int(side):
+            return side, side
+        case [int(height), int(width)]:
+            return height, width
+        case other:
+            raise ConfigError(f"{arguments.where}: image_size={other!r} is not [height, width]")
+
+
 def _vit_image_size(checkpoint: Checkpoint, table: str, patch: tuple[int, int]) -> int | list[int]:
     """Height and width in pixels, from the table's name, the arguments, or a square grid."""
-    count = checkpoint.source.shape(table)[0] - 1
+    count = shape_of(checkpoint.source, table)[0] - 1
     named = re.search(r"\.(\d+)x(\d+)_pre(\d+)_post(\d+)\.", table)
-    given = checkpoint.arguments.values.get("image_size")
+    said = _said_size(checkpoint.arguments)
     side = int(count**0.5)
     if named is not None:
         grid = (int(named[1]), int(named[2]))
-    elif isinstance(given, list) and len(given) == 2:
-        grid = (given[0] // patch[0], given[1] // patch[1])
+    elif said is not None:
+        grid = (said[0] // patch[0], said[1] // patch[1])
     else:
         grid = (side, side)
     if grid[0] * grid[1] != count:

@@ -1,5 +1,6 @@
 """Every family: a model, its old checkpoint in each generation and split, and the same logits after migration."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "vit": ("vit", legacy.vit, {}, {}),
     "vit 0.1.9": ("vit", legacy.vit, {}, {"named": True}),
 }
-RANKS = {"vit": (1, 2), "vit 0.1.9": (1,), "llama 0.4, grouped": (1, 2)}
+RANKS = {"llama 0.4, grouped": (1, 2)}  # it has two heads for keys and values
 POSITIONS = {"gpt2": ["gpt2-final", "gpt2-attn"], "bert": ["bert-final", "bert-type"], "llama": ["rotary", "lm", "mlp"]}
 
 
@@ -266,6 +267,30 @@ def test_arguments_that_the_tensors_contradict_are_refused(tmp_path: Path, chang
     with pytest.raises(ConfigError, match=r"model_config\.json") as caught:
         migrate(legacy.write(tmp_path / "old", [state], config | change), tmp_path / "new")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "t5", "vit 0.1.9"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tensors_of_any_other_shape_are_refused_as_such(tmp_path: Path, case: str, ranks: int) -> None:
+    _, state, config = make(case)
+    for number, name in enumerate(name for name in state if "layers.1." not in name):
+        for shape in ((), (4,), (0, 4), (2, 2, 2)):
+            changed = state | {name: torch.ones(shape)}
+            old = legacy.write(tmp_path / f"{number} {len(shape)}", [changed] * ranks, config)
+            with contextlib.suppress(CheckpointError, ConfigError):  # a buffer that nothing reads is none's concern
+                open_legacy(old)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(16, True), ([16, 16], True), (["a", 1], False), ("big", False)])
+def test_the_size_of_images_is_a_number_or_two(tmp_path: Path, size: object, fits: bool) -> None:
+    model, state, config = make("vit")
+    old = legacy.write(tmp_path / "old", [state], config | {"image_size": size})
+    if fits:
+        migrate(old, tmp_path / "new")
+        same_logits(tmp_path / "new", model)
+    else:
+        with pytest.raises(ConfigError, match=r"image_size=.* is not \[height, width\]"):
+            migrate(old, tmp_path / "new")
 
 
 def test_without_a_config_the_family_and_its_heads_are_asked_for_and_suffice(tmp_path: Path) -> None:

@@ -114,6 +114,14 @@ def test_a_path_with_a_nul_is_refused(tmp_path: Path) -> None:
     assert "contains a NUL" in refusal(Path(f"{tmp_path}/a\0b"))
 
 
+def test_messages_name_the_model_config_that_was_read_or_say_that_there_is_none(tmp_path: Path) -> None:
+    root = checkpoint(tmp_path, "10", latest="10")
+    assert find_checkpoint(root).config_place == f"{root}, without model_config.json"
+    (root / "model_config.json").write_text("{}")
+    for place in (root, root / "10", root / "10" / "mp_rank_00_model_states.pt"):
+        assert find_checkpoint(place).config_place == str(root / "model_config.json")
+
+
 def test_a_damaged_model_config_is_an_error_with_its_line(tmp_path: Path) -> None:
     root = checkpoint(tmp_path, "10", latest="10")
     (root / "model_config.json").write_text('{\n"num_layers": }')

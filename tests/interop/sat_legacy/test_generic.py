@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import swissarmy as sat
 from swissarmy.core.errors import CheckpointError
 from swissarmy.interop.safetensors_folder import SafetensorsSource
+from swissarmy.interop.sat_legacy.families import GENERIC, LAYOUTS, MODEL_CLASSES
 from swissarmy.interop.sat_legacy.migrate import migrate
 from swissarmy.interop.sat_legacy.plan import Options
 from swissarmy.testing import tiny_inputs
@@ -330,6 +331,61 @@ def test_gpt_neo_does_not_scale_its_scores(tmp_path: Path) -> None:
     old = legacy.write(tmp_path / "old", [old_state(model)], arguments("GPTNeoModel", window_size="256"))
     assert migrate(old, tmp_path / "new").family == "gpt_neo"
     assert torch.equal(logits(sat.load(tmp_path / "new")), logits(model))
+
+
+class SwiGLU(sat.BaseMixin):
+    """ChatGLM2's gate, as a user would write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w2 = nn.ModuleList(nn.Linear(16, 24, bias=False) for _ in range(2))
+
+    @sat.non_conflict
+    def mlp_forward(self, hidden_states: Tensor, *, old_impl: Any, **kw_args: Any) -> Tensor:
+        mlp, gate = kw_args["layer"].mlp, self.w2[kw_args["layer_id"]]
+        found: Tensor = mlp.down(nn.functional.silu(mlp.up(hidden_states)) * gate(hidden_states))
+        return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("model_class", ["ChatGLM2Model", "ChatGLM3Model", "ChatGLM4Model"])
+def test_later_chatglms_become_a_backbone_with_grouped_heads_and_their_gate(
+    tmp_path: Path, model_class: str, ranks: int
+) -> None:
+    changes = {"num_attention_heads": 4, "num_key_value_heads": 2, "norm": "rms", "activation": "silu"}
+    changes |= {"attention_output_bias": False, "mlp_bias": False, "intermediate_size": 24}
+    mixins = {"rotary": sat.RotaryMixin.for_config(tiny_config(**changes)), "mlp": SwiGLU()}
+    model = tiny_model(mixins, **changes).float()
+    state = old_state(model)
+    shares = legacy.split(state, ranks, queries=2)
+    for layer, gate in enumerate(mixins["mlp"].w2):
+        for rank, share in enumerate(shares):
+            share[f"mixins.mlp.w2.{layer}.weight"] = gate.weight.detach().float().chunk(ranks)[rank].clone()
+    config = arguments(model_class, num_attention_heads=4, num_multi_query_heads=2, use_qkv_bias=True)
+    done = migrate(legacy.write(tmp_path / "old", shares, config), tmp_path / "new")
+    assert (done.model_type, done.generation) == ("swissarmy", 3)
+    assert done.family == model_class.removesuffix("Model").lower()
+    assert done.mixins == {"mixins.mlp": 2 * 24 * 16}
+    again = {"rotary": sat.RotaryMixin.for_config(model.config), "mlp": SwiGLU()}
+    assert torch.equal(logits(sat.load(tmp_path / "new", mixins=again)), logits(model))
+
+
+@pytest.mark.parametrize("prefix", ["", "image_encoder."])
+def test_eva_clip_sees_everything_and_keeps_its_patches(tmp_path: Path, prefix: str) -> None:
+    model = tiny_model(causal=False, activation="gelu").float()
+    state = {f"{prefix}{name}": tensor for name, tensor in old_state(model).items()}
+    patches = f"{prefix}mixins.patch_embedding.proj.weight"
+    state[patches] = torch.randn(16, 3, 4, 4)
+    done = migrate(legacy.write(tmp_path / "old", [state], arguments("EVA2CLIPModel")), tmp_path / "new")
+    assert (done.family, done.model_type, list(done.mixins)) == ("eva_clip", "swissarmy", ["mixins.patch_embedding"])
+    loaded = sat.load(tmp_path / "new", allow_missing=["mixins.patch_embedding.*"])
+    assert torch.equal(logits(loaded), logits(model))
+    stored = SafetensorsSource(tmp_path / "new" / "mixins")
+    assert torch.equal(stored.read("mixins.patch_embedding.proj.weight"), state[patches])
+
+
+def test_every_family_that_is_named_can_be_asked_for() -> None:
+    assert set(MODEL_CLASSES.values()) == {*LAYOUTS, *GENERIC} - {"generic"}
 
 
 def test_a_file_that_is_no_transformer_is_refused(tmp_path: Path) -> None:

@@ -27,8 +27,17 @@ def test_an_unmapped_index_is_an_error_with_its_parameters_and_the_cure() -> Non
         canonical_names(["mixins.0.a.weight", "mixins.2.lora_A", "mixins.2.b"], {0: "x"}, "old.pt")
     message = str(caught.value)
     assert "old.pt has mixins by position that no map names; say --map 2=NAME" in message
-    assert "mixins.2: lora_A, b. Did you mean 'lora'?" in message
+    assert "mixins.2: lora_A, b" in message
     assert "mixins.0" not in message
+
+
+def test_an_unmapped_index_is_explained_by_what_its_parameters_were_later_part_of() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        canonical_names(["mixins.0.lm_head.dense.weight", "mixins.1.type_embeddings.weight", "mixins.2.w"], {}, "file")
+    message = str(caught.value)
+    assert "lm_head.dense.weight (later called bert-final or roberta-final)" in message
+    assert "type_embeddings.weight (later called bert-type)" in message
+    assert message.endswith("mixins.2: w")
 
 
 def test_word_embeddings_at_the_root_move_to_the_transformer() -> None:
