@@ -14,6 +14,7 @@ from torch import Tensor
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import HookCallError
 from swissarmy.generation.autoregressive_sampling import with_cache
+from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.generation.grid import Grid
 from swissarmy.generation.packed_rows import SKIPPED
 from swissarmy.generation.perplexity import TOKENS_AT_ONCE
@@ -38,7 +39,7 @@ def score_continuations(
     """Score each continuation after its context, all as one batch.
 
     Args:
-        model: A causal model. In evaluation mode, unless dropout is wanted.
+        model: A causal model. One in training mode is in evaluation mode meanwhile.
         contexts: For each row the ids that come before, one at least; of any lengths. Where several rows have the same
             context, it is read once.
         continuations: For each row the ids to score; none have probability 1.
@@ -59,10 +60,11 @@ def score_continuations(
     decoder = with_cache(model).with_mixin("target-scores", TargetScoresMixin())
     rows = _Rows(list(map(tuple, contexts)), list(map(tuple, continuations)), model.device)
     reader = _Reader(decoder, KVCache(model.config.num_layers, capacity=rows.width), kw_args)
-    if rows.start:
-        reader.read(rows.shared(), 0, rows.start)
-        reader.cache.reorder(rows.owner)
-    scores = reader.read(rows.whole(), rows.start, rows.width, rows.targets())
+    with in_eval_mode(model):
+        if rows.start:
+            reader.read(rows.shared(), 0, rows.start)
+            reader.cache.reorder(rows.owner)
+        scores = reader.read(rows.whole(), rows.start, rows.width, rows.targets())
     logprobs, is_greedy = -scores.losses.sum(dim=1, dtype=torch.float64), scores.is_likeliest.all(dim=1)
     return list(map(ContinuationScore, logprobs.tolist(), is_greedy.tolist()))
 

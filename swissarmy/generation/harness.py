@@ -13,14 +13,12 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, final
 
-from rich.console import Console
-from rich.progress import track
-
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import ConfigError, HookCallError, TokenizerError, nearest, require_extra
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.generation.chat import turn_ends
 from swissarmy.generation.continuations import score_continuations
+from swissarmy.generation.progress import bar
 from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy
 from swissarmy.generation.target_scores import check_predicts
 from swissarmy.generation.text import generate
@@ -247,11 +245,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     def _batches(self, items: Sequence[T], label: str) -> Iterator[Sequence[T]]:
         """So many at a time; a bar shows how many are done."""
-        console = Console(stderr=True)
-        starts = range(0, len(items), self.batch_size)
-        is_shown = self.progress and console.is_terminal
-        for start in track(starts, label, console=console, disable=not is_shown, transient=True):
-            yield items[start : start + self.batch_size]
+        with bar(len(items), shown=self.progress, label=label) as report:
+            for start in range(0, len(items), self.batch_size):
+                report(start)
+                yield items[start : start + self.batch_size]
 
 
 @final

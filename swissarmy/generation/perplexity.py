@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import HookCallError
+from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.generation.packed_rows import SKIPPED, PackedRows, Rows, grid_of
 from swissarmy.generation.rank_sums import summed_over_ranks
 from swissarmy.generation.target_scores import TargetScoresMixin, check_predicts, scores_of_targets
@@ -90,7 +91,7 @@ def evaluate_perplexity(
 
     Args:
         model: A causal model, or an encoder-decoder (then `input_ids=` is its source, and each row of `tokens` its
-            target behind the start token). In evaluation mode, unless dropout is wanted.
+            target behind the start token). One in training mode is in evaluation mode meanwhile.
         tokens: `[s]`, `[b, s]`, or a list of `[s]` of any lengths. What is below 0 is ignored, wherever it stands:
             the tokens around it are neighbours.
         attention_mask: The model's natural mask when `None`; else a mask, -1 (causal) or a tensor `[s, s]` or
@@ -121,7 +122,8 @@ def evaluate_perplexity(
         if reduction not in ("mean", "none"):
             raise HookCallError(f"reduction={reduction!r} is neither 'mean' nor 'none'.")
         mixin = TargetScoresMixin(tuple(invalid_slices))
-        scored = _scored(model, mixin, tokens, attention_mask, position_ids, loss_mask, stride, kw_args)
+        with in_eval_mode(model):
+            scored = _scored(model, mixin, tokens, attention_mask, position_ids, loss_mask, stride, kw_args)
     finally:  # after an error too: the other ranks wait for this one's numbers
         own = None if scored is None else (scored.nll, scored.num_tokens)
         nll, count = summed_over_ranks(own, size=2, group=process_group, device=model.device)

@@ -29,7 +29,7 @@ class ReportingStrategy(WrappingStrategy):
 
 
 @contextmanager
-def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def bar(total: int, *, shown: bool, label: str = "generating") -> Iterator[Callable[[int], None]]:
     """A bar on standard error, if that is a terminal or notebook; call what it gives with how many are done."""
     if not shown:
         yield lambda done: None
@@ -42,5 +42,5 @@ def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     # what is printed meanwhile stands above the bar on a terminal, and must go where it belongs if that is a file
     redirect = sys.stdout is not None and sys.stdout.isatty()
     with Progress(console=console, transient=True, disable=not visible, redirect_stdout=redirect) as progress:
-        task = progress.add_task("generating", total=total)
+        task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)

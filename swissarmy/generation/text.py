@@ -11,7 +11,6 @@ from swissarmy.backbone.model import Model
 from swissarmy.core.errors import ConfigError, HookCallError
 from swissarmy.generation.autoregressive_sampling import GAP, Grid, fill_sequence, steps
 from swissarmy.generation.constraints import json_schema_constraint, regex_constraint
-from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.generation.perplexity import evaluate_perplexity
 from swissarmy.generation.progress import ReportingStrategy, bar
 from swissarmy.generation.stopping import Clock, StoppingStrategy, StopStrings
@@ -129,8 +128,7 @@ def generate_with_logprobs(
     if not any(row.tokens for row in filled.rows):
         return filled.rows
     texts = [torch.tensor([*context, *row.tokens]) for context, row in zip(filled.contexts, filled.rows, strict=True)]
-    with in_eval_mode(model):
-        losses = evaluate_perplexity(model, texts, reduction="none", **filled.extra, **kw_args)
+    losses = evaluate_perplexity(model, texts, reduction="none", **filled.extra, **kw_args)
     scored = []
     for row, context, loss in zip(filled.rows, filled.contexts, losses, strict=True):
         own = loss[len(context) : len(context) + len(row.tokens)]

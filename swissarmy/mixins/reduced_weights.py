@@ -33,14 +33,16 @@ class ReducedTable(nn.Module):
         """Reduce `[vocab, h]`."""
         super().__init__()
         self.rows: Tensor
+        self.like: Tensor
         self.scale: Tensor | None
         self.rows, self.scale = (weight.half(), None) if kind == "fp16" else rounded_rows(weight)
-        self.num_embeddings, self.dtype = len(weight), weight.dtype
+        self.num_embeddings = len(weight)
+        self.register_buffer("like", weight.new_empty(0), persistent=False)  # of the model's precision, and stays so
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """`[b, s]` token ids to `[b, s, h]`."""
-        rows = F.embedding(input_ids, self.rows).to(self.dtype)
-        return rows if self.scale is None else rows * self.scale[input_ids][..., None].to(self.dtype)
+        rows = F.embedding(input_ids, self.rows).to(self.like.dtype)
+        return rows if self.scale is None else rows * self.scale[input_ids][..., None].to(self.like.dtype)
 
 
 @final

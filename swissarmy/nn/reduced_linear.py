@@ -230,12 +230,33 @@ def _shape(x: Tensor, handle: int, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@torch.library.custom_op("swissarmy::reduced_linear_gradient", mutates_args=())
+def _multiply_back(grad: Tensor, handle: int, in_features: int) -> Tensor:
+    """From the gradient of a product `[..., o]` that of its input `[..., i]`; whole in a compiled graph too."""
+    return grad @ _widened_like(grad, handle)
+
+
+@_multiply_back.register_fake
+def _shape_back(grad: Tensor, handle: int, in_features: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _widened_like(x: Tensor, handle: int) -> Tensor:
+    return _LIVING[handle].widened().to(device=x.device, dtype=x.dtype)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-    ctx.handle = inputs[1]
+    ctx.in_features, ctx.handle = inputs[0].shape[-1], inputs[1]
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return grad @ _LIVING[ctx.handle].widened().to(device=grad.device, dtype=grad.dtype), None, None
+    gradient: Tensor = _multiply_back(grad, ctx.handle, ctx.in_features)
+    return gradient, None, None
+
+
+def _gradient_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad @ _widened_like(grad, ctx.handle).t(), None, None
 
 
 _multiply.register_autograd(_gradient, setup_context=_keep)
+_multiply_back.register_autograd(_gradient_of_gradient, setup_context=_keep)

@@ -1,6 +1,7 @@
 """`model.compile()`: the same numbers, in few graphs, however long the sequences are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import swissarmy as sat
+from swissarmy.backbone.model import Model
+from swissarmy.backbone.projections import plain_models
 from swissarmy.testing import tiny_inputs, tiny_model
 
 # dynamo's own, about what a layer hands to the next; it hides it, unless warnings are errors
@@ -44,6 +47,39 @@ def test_decoding_takes_two_graphs_a_layer_for_any_lengths(family: str) -> None:
     assert 0 < graphs() <= 2 * layers
     after_first = graphs()
     compiled += [sat.fill_sequence(model, each)[0] for each in sequences[1:]]
+    assert graphs() == after_first
+    assert not counters["graph_break"]
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def prefix(model: Model) -> Any:
+    return sat.PrefixTuningMixin.for_model(model, prefix_len=3)
+
+
+def reduced(model: Model) -> Any:
+    return sat.ReducedWeightsMixin.for_model(model, kind="fp16")
+
+
+@pytest.mark.parametrize(
+    ("family", "mixins"), [("gpt2", [prefix]), ("gpt2", [reduced]), ("t5", []), ("t5", [prefix, reduced])]
+)
+def test_decoding_takes_no_more_graphs_with_mixins_and_in_an_encoder_decoder(
+    family: str, mixins: Sequence[Callable[[Model], Any]]
+) -> None:
+    """An encoder's layer has a graph for its sources; a decoder's one for prompts and one for steps, as everywhere."""
+    model = tiny_model(family)
+    for make in mixins:
+        model.add_mixin(make.__name__, make(model))
+    sources = [{"input_ids": prompt(length, 0)[None]} if model.parts else {} for length in (9, 11, 23)]
+    calls = list(zip((prompt(7, 12), prompt(9, 17), prompt(11, 29)), sources, strict=True))
+    plain = [sat.fill_sequence(model, each, **source)[0] for each, source in calls]
+    model.compile(backend="eager")
+    compiled = [sat.fill_sequence(model, calls[0][0], **calls[0][1])[0]]
+    layers = {name: part.config.num_layers for name, part in plain_models(model).items()}
+    after_first = graphs()
+    assert 0 < after_first <= sum(count * (1 if name == "encoder" else 2) for name, count in layers.items())
+    compiled += [sat.fill_sequence(model, each, **source)[0] for each, source in calls[1:]]
     assert graphs() == after_first
     assert not counters["graph_break"]
     for ours, theirs in zip(compiled, plain, strict=True):

@@ -35,6 +35,7 @@ MIXINS: dict[str, Make] = {
     "mixture-of-experts": of(sat.MixtureOfExpertsMixin, num_experts=3),
     "prefix-tuning": of(sat.PrefixTuningMixin, prefix_len=3),
     "qk-norm": of(sat.QKNormMixin),
+    "reduced-weights": lambda model: sat.ReducedWeightsMixin.for_model(model, kind="fp16"),
     "relative-position-bias": of(sat.RelativePositionBiasMixin, num_buckets=8),
     "rotary": of(sat.RotaryMixin),
     "sliding-window": of(sat.SlidingWindowMixin, window=4),

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import swissarmy as sat
 from swissarmy.backbone.model import BaseModel
-from swissarmy.data.collate import PackedCollator
-from swissarmy.data.encoders import TokensEncoder
-from swissarmy.data.examples import Examples
-from swissarmy.data.packing import Packed
+from swissarmy.data.loading.collate import PackedCollator
+from swissarmy.data.samples.encoders import TokensEncoder
+from swissarmy.data.samples.examples import Examples
+from swissarmy.data.samples.packing import Packed
 from swissarmy.testing import TINY_CONFIGS, tiny_model
 from tests.contracts.test_composition import EXCLUDED, MIXINS, with_mixin
 from tests.data.tiny_data import Records

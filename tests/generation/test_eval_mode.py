@@ -9,6 +9,7 @@ from torch import nn
 
 import swissarmy as sat
 from swissarmy.backbone.model import Model
+from swissarmy.generation.continuations import score_continuations
 from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.testing import tiny_model
 
@@ -49,6 +50,19 @@ def test_dropout_is_off_and_every_module_is_as_it_was(case: tuple[Model, dict[st
     assert all(module.training != (module in frozen) for module in model.modules())
     call = {"input_ids": torch.tensor([[5, 6, 7]]), **({"decoder_input_ids": torch.tensor([[5, 6]])} if source else {})}
     assert not torch.equal(model(**call)[0], model(**call)[0])
+
+
+def test_scores_are_those_of_evaluation_mode(case: tuple[Model, dict[str, Any]]) -> None:
+    model, source = case
+
+    def scores() -> list[Any]:
+        own = [sat.evaluate_perplexity(model, torch.tensor([5, 6, 9, 4, 7]), **source)]
+        return own if source else [*own, *score_continuations(model, [[5, 6]], [[9, 4, 7]])]
+
+    plain = scores()
+    model.train()
+    assert scores() == plain
+    assert all(module.training for module in model.modules())
 
 
 def test_between_the_pieces_of_a_stream_the_model_trains() -> None:

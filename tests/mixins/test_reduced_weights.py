@@ -14,6 +14,7 @@ from swissarmy.backbone.projections import plain_models, projections_of
 from swissarmy.mixins.reduced_weights import NAME, ReducedWeightsMixin, reduce_weights
 from swissarmy.nn.reduced_linear import Kind
 from swissarmy.testing import TINY_CONFIGS, tiny_inputs, tiny_model
+from tests.generation.helpers import adapted
 
 FAMILIES = sorted(TINY_CONFIGS)
 KINDS: tuple[Kind, ...] = ("fp16", "int8", "int4")
@@ -30,7 +31,7 @@ def relative(have: Tensor, want: Tensor) -> float:
 
 def widened(model: Model) -> Model:
     """A copy whose own weights are what its reduced ones hold."""
-    model = copy.deepcopy(model)
+    model, dtype = copy.deepcopy(model), model.dtype
     for part in plain_models(model).values():
         mixin: Any = part.get_mixin(NAME)
         for projection in projections_of(part):
@@ -42,7 +43,7 @@ def widened(model: Model) -> Model:
             if part.transformer.lm_head is not None:
                 part.transformer.lm_head.weight.data = mixin.head.widened()
     model.del_mixin(NAME)
-    return model
+    return model.to(dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,6 +111,32 @@ def test_load_reduces(family: str, kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(sat.CheckpointError, match=r"cannot be saved"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["gpt2", "swissarmy", "t5"])
+def test_a_later_change_of_precision_reaches_what_is_reduced(family: str, kind: Kind) -> None:
+    model = tiny_model(family)
+    reduce_weights(model, kind)
+    before = output(model)
+    after = output(model.double())
+    assert after.dtype is torch.float64
+    assert relative(after, before.double()) < {"fp16": 1e-5, "int8": 2e-2, "int4": 2e-2}[kind]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_beams_with_a_prefix_and_lora_are_those_of_the_rounded_weights(family: str) -> None:
+    model = adapted(family)
+    model.add_mixin(NAME, ReducedWeightsMixin.for_model(model, kind="fp16"))
+    seq = torch.tensor([5, 9, 11, *[-1] * 8])
+    found = []
+    for each in (model, widened(model)):
+        source = {"input_ids": torch.tensor([[5, 6, 7]])} if each.parts else {}
+        found.append(sat.fill_sequence(each, seq, strategy=sat.BeamSearchStrategy(3, num_return_sequences=2), **source))
+    (tokens, mems), (expected, expected_mems) = found
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(mems, expected_mems, rtol=1e-4, atol=1e-4)
+    assert len(tokens) == 2
 
 
 def test_an_unknown_kind_is_named(tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def test_gradients_reach_the_input_only(make: type[ReducedLinear]) -> None:
     (grad,) = torch.autograd.grad(reduced(x).square().sum() / 2, x)
     torch.testing.assert_close(grad, reduced(x).detach() @ reduced.widened())
     assert not list(reduced.parameters())
+    direction = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(reduced(x).square().sum() / 2, x, create_graph=True)
+    (second,) = torch.autograd.grad((grad * direction).sum(), x)
+    weight = reduced.widened()
+    torch.testing.assert_close(second, direction @ weight.t() @ weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +77,11 @@ def test_compiled_it_is_one_graph(kind: Kind) -> None:
     reduced = reduce_linear(weight, bias, kind)
     compiled = torch.compile(lambda x: reduced(x) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), reduced(x) * 2)
+    x.requires_grad_()
+    gradients = [
+        torch.autograd.grad(function(x).square().sum(), x)[0] for function in (compiled, lambda x: reduced(x) * 2)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)
