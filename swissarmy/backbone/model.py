@@ -79,7 +79,8 @@ class Model(nn.Module, ABC):
         Args:
             dynamic: Whether one graph serves all lengths; `False` makes one for each shape, for training in which
                 shapes do not change.
-            **options: For `torch.compile` (`mode`, `backend`, ...); `fullgraph` is on.
+            **options: For `torch.compile` (`mode`, `backend`, ...). The library's mixins work with `fullgraph=True`;
+                without it, what cannot be compiled, such as a mixin that raises, runs as it is written.
         """
 
     @abstractmethod
@@ -244,7 +245,7 @@ class BaseModel(Model):
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile each layer, with the mixins that take part in it, when it is first called."""
         for layer in self.transformer.layers:
-            layer.compile(**{"fullgraph": True, "isolate_recompiles": True, "dynamic": dynamic, **options})
+            layer.compile(**{"isolate_recompiles": True, "dynamic": dynamic, **options})
 
     def for_decoding(self, **kw_args: Any) -> tuple["BaseModel", dict[str, Any]]:
         """The model that decodes, and what it is called with in each step: itself, and what was given.

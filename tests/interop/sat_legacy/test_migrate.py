@@ -309,4 +309,4 @@ print(peak() - before)
     )
     file = max(path.stat().st_size for path in (old / "1000").iterdir())
     assert 100e6 / ranks < file
-    assert int(done.stdout) < 0.4 * file + 4 * hidden * hidden * 4
+    assert int(done.stdout) < 0.6 * file + 4 * hidden * hidden * 4  # half of a file, and what the process needs itself
