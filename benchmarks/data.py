@@ -276,15 +276,13 @@ def order(folder: Path, rounds: int) -> None:
     table = Table(title="memory of the order of samples, KiB", title_justify="left")
     for heading in ("samples", "made", "peak of 4096 samples", "a list of indices"):
         table.add_column(heading, justify="right")
-    SampleOrder([10], Blend([1])).places(np.arange(10))  # what is imported and cached once is not counted
+    small = SampleOrder([10], Blend([1]))
+    small.rows(small.places(np.arange(10)))  # what is imported and cached once is not counted
     for samples in (10**4, 10**5, 10**6, 10**7, 10**8):
         tracemalloc.start()
         ours = SampleOrder([samples // 4] * 4, Blend([4, 3, 2, 1]), seed=0)
         made = tracemalloc.get_traced_memory()[0]
-        places = ours.places(np.arange(4096) + samples // 2)
-        for part in range(4):
-            here = places.parts == part
-            ours.rows(part, places.passes[here], places.positions[here])
+        ours.rows(ours.places(np.arange(4096) + samples // 2))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         table.add_row(f"{samples:.0e}", f"{made / 1024:.0f}", f"{peak / 1024:.0f}", f"{8 * samples / 1024:.0f}")

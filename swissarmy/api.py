@@ -17,6 +17,29 @@ from swissarmy.core.errors import (
 )
 from swissarmy.core.hooks import HookContext, non_conflict, replaceable
 from swissarmy.core.mixin import BaseMixin
+from swissarmy.data.build import Loaders, build_loaders
+from swissarmy.data.config import DataConfig
+from swissarmy.data.loading.batches import LoaderError
+from swissarmy.data.loading.loader import FingerprintError, Loader
+from swissarmy.data.order.blend import Blend
+from swissarmy.data.prepare import create_dataset
+from swissarmy.data.samples.chat_encoder import ChatEncoder
+from swissarmy.data.samples.encoders import (
+    ClassificationEncoder,
+    CompletionEncoder,
+    Seq2SeqEncoder,
+    TextEncoder,
+    TokensEncoder,
+)
+from swissarmy.data.samples.examples import Examples
+from swissarmy.data.samples.image_encoder import ImageEncoder
+from swissarmy.data.samples.packing import Packed
+from swissarmy.data.source import DataError, RecordError, Source
+from swissarmy.data.sources.binary import BinaryDataset
+from swissarmy.data.sources.open import open_source, open_stream
+from swissarmy.data.sources.stream import Stream, StreamSource
+from swissarmy.data.sources.wrapped import Wrapped, as_source
+from swissarmy.data.tokenize import write_tokens
 from swissarmy.generation.autoregressive_sampling import fill_sequence, filling_sequence
 from swissarmy.generation.beam_search import BeamSearchStrategy, gnmt_length_penalty, power_length_penalty
 from swissarmy.generation.constraints import Constraint, json_schema_constraint, regex_constraint
@@ -60,19 +83,28 @@ __all__ = [
     "BaseMixin",
     "BaseModel",
     "BeamSearchStrategy",
+    "BinaryDataset",
+    "Blend",
     "CachedAutoRegressiveMixin",
     "CachedAutoregressiveMixin",
     "Causal",
+    "ChatEncoder",
     "CheckpointError",
+    "ClassificationEncoder",
     "ClassificationHeadMixin",
+    "CompletionEncoder",
     "CompositeModel",
     "ConfigError",
     "Constraint",
     "ContrastiveStrategy",
+    "DataConfig",
+    "DataError",
     "Dense",
     "Documents",
     "EmbeddingScaleMixin",
     "EncoderDecoderModel",
+    "Examples",
+    "FingerprintError",
     "Full",
     "Generation",
     "GreedyStrategy",
@@ -82,6 +114,7 @@ __all__ = [
     "HookConflictError",
     "HookContext",
     "HookDefinitionError",
+    "ImageEncoder",
     "InterpolatedPositionsMixin",
     "IterativeEntropyFilterStrategy",
     "KVCache",
@@ -90,6 +123,9 @@ __all__ = [
     "LoRABankMixin",
     "LoRAConfig",
     "LoRAMixin",
+    "Loader",
+    "LoaderError",
+    "Loaders",
     "LogitSoftcapMixin",
     "MLMHeadMixin",
     "Mask",
@@ -97,6 +133,7 @@ __all__ = [
     "MissingExtraError",
     "MixtureOfExpertsMixin",
     "NoHeadMixin",
+    "Packed",
     "Padding",
     "PatchEmbeddingMixin",
     "Perplexity",
@@ -105,21 +142,32 @@ __all__ = [
     "PrefixTuningMixin",
     "PromptLookupStrategy",
     "QKNormMixin",
+    "RecordError",
     "ReducedWeightsMixin",
     "RelativePositionBiasMixin",
     "RopeParameters",
     "RotaryMixin",
     "SamplingStrategy",
+    "Seq2SeqEncoder",
     "SlidingWindow",
     "SlidingWindowMixin",
+    "Source",
     "SpeculativeStrategy",
     "Strategy",
+    "Stream",
+    "StreamSource",
     "SwissArmyError",
+    "TextEncoder",
     "TokenStrategy",
     "TokenTypesMixin",
     "TokenizerError",
+    "TokensEncoder",
     "TransformerConfig",
+    "Wrapped",
+    "as_source",
+    "build_loaders",
     "bundle_adapters",
+    "create_dataset",
     "evaluate_perplexity",
     "fill_sequence",
     "fill_sequence_in_parallel",
@@ -134,9 +182,12 @@ __all__ = [
     "load_tokenizer",
     "merge_mixin",
     "non_conflict",
+    "open_source",
+    "open_stream",
     "power_length_penalty",
     "regex_constraint",
     "replaceable",
     "stream",
     "unmerge_mixin",
+    "write_tokens",
 ]

@@ -1,15 +1,30 @@
-"""Every block of the README runs: Python as one program, `sat` in a shell, `make` targets by name."""
+"""Every block of the README runs: Python as one program, `sat` in a shell, `make` targets by name.
+
+So do those of `docs/data.md`, from top to bottom, and the Python of `docs/generation.md`, whose commands are parsed.
+"""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from swissarmy.cli.arguments import parse
+from swissarmy.cli.command import Command
+from swissarmy.cli.main import find_command, main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """The language and the text of each."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = blocks_of(README)
 
 
 def blocks(language: str) -> list[str]:
@@ -53,3 +68,47 @@ def test_shell_blocks_run(tmp_path: Path, gemma_gguf: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip()
+
+
+def test_the_page_on_data_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gemma_gguf: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "gemma.gguf").symlink_to(gemma_gguf)
+    names: dict[str, object] = {}
+    printed = ""
+    for language, block in blocks_of((ROOT / "docs" / "data.md").read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(block, "docs/data.md", "exec"), names)
+        elif language == "sh":
+            for line in block.splitlines():
+                command, _, comment = line.partition("#")
+                assert main(shlex.split(command)[1:]) == ("exit code 1" in comment)
+        else:
+            assert language == "text"
+            assert block in printed
+            continue
+        printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_the_page_on_generation_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    printed = ""
+    for language, block in blocks_of((ROOT / "docs" / "generation.md").read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(block, "docs/generation.md", "exec"), names)
+            printed = capsys.readouterr().out
+        elif language == "sh":
+            for line in block.splitlines():
+                sat, name, *arguments = shlex.split(line)
+                command = find_command(name)
+                assert sat == "sat"
+                assert isinstance(command, Command)
+                parse(name, command, arguments)
+        else:
+            assert language == "text"
+            assert block in printed

@@ -2,28 +2,31 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast, final
 
 from swissarmy.core.errors import ConfigError
-from swissarmy.data.batches import Bucketing, Collate
-from swissarmy.data.blend import Blend, BlendSchedule
 from swissarmy.data.config import DataConfig
-from swissarmy.data.examples import Encoder
 from swissarmy.data.formats import collator_for
-from swissarmy.data.loader import Loader
-from swissarmy.data.order import OneByOne, SampleOrder
+from swissarmy.data.loading.batches import Collate
+from swissarmy.data.loading.bucketing import Bucketing
+from swissarmy.data.loading.loader import Loader
+from swissarmy.data.order.blend import Blend, BlendSchedule
+from swissarmy.data.order.sample_order import OneByOne, SampleOrder
+from swissarmy.data.order.splits import SPLITS, SplitName
+from swissarmy.data.order.weights import Weight, drawn_in_proportion_to, parse_stages, parse_weights
 from swissarmy.data.prepare import CreateDataset, Prepared, Preparer, create_dataset
+from swissarmy.data.samples.examples import Encoder
 from swissarmy.data.source import Source
-from swissarmy.data.splits import SPLITS, SplitName
-from swissarmy.data.tokenization import tokenizer_fingerprint
 from swissarmy.data.tokenizer import Tokenizer
-from swissarmy.data.weights import Weight, drawn_in_proportion_to, parse_stages, parse_weights
 
 _LOG = logging.getLogger(__name__)
 
 
-class Loaders(NamedTuple):
+@final
+@dataclass(frozen=True, kw_only=True)
+class Loaders:
     """The loaders of a run; `None` where the config names no data."""
 
     train: Loader | None
@@ -32,6 +35,8 @@ class Loaders(NamedTuple):
     """Every sample once, each time it is iterated."""
     test: Loader | None
     """The same."""
+    plan: tuple[str, ...]
+    """What the run will see of each source, in words."""
 
 
 def build_loaders(
@@ -73,14 +78,15 @@ def build_loaders(
         config=config, tokenizer=tokenizer, vocab_size=vocab_size, create_dataset=create_dataset, encode=encode
     )
     opened = {number: preparer.open(config.train_data[number]) for number in _drawn(config)}
-    loader = partial(_loader, config, collate=collate, tokenizer=tokenizer, rank=rank, world_size=world_size)
+    loader = partial(_loader, preparer, collate=collate, rank=rank, world_size=world_size)
+    plan: list[str] = []
 
     def train() -> Loader | None:
         if not opened:
             return None
         made = {n: preparer.prepare(config.train_data[n], preparer.split(opened[n], "train")) for n in opened}
         order = _train_order(config, made, global_batch_size)
-        _log_use(made, order, global_batch_size, num_steps)
+        plan.extend(_uses(made, order, global_batch_size, num_steps))
         return loader(
             list(made.values()),
             order,
@@ -98,27 +104,31 @@ def build_loaders(
         made = [preparer.prepare(path, source) for path, source in records if not _is_empty(source)]
         order = OneByOne([_known_length(each) for each in made])
         size = eval_batch_size or global_batch_size // accumulation
-        level = logging.INFO if order.num_samples else logging.WARNING
-        _LOG.log(level, "%s: %s samples, each once, in batches of %d", name, f"{order.num_samples:,}", size)
+        plan.append(f"{name}: {order.num_samples:,} samples, each once, in batches of {size}")
+        if not order.num_samples:
+            _LOG.warning("%s: the split leaves no sample to evaluate on", name)
         return loader(made, order, global_batch_size=size)
 
-    return Loaders(train(), evaluation("valid", config.valid_data), evaluation("test", config.test_data))
+    made = train(), evaluation("valid", config.valid_data), evaluation("test", config.test_data)
+    for line in plan:
+        _LOG.info("%s", line)
+    return Loaders(train=made[0], valid=made[1], test=made[2], plan=tuple(plan))
 
 
 def _loader(
-    config: DataConfig,
+    preparer: Preparer,
     made: Sequence[Prepared],
     order: SampleOrder | OneByOne,
     *,
     collate: Collate | None,
-    tokenizer: Tokenizer | None,
     **options: Any,
 ) -> Loader:
+    config = preparer.config
     return Loader(
         [each.samples for each in made],
         order,
-        collate or _collator(config, made, tokenizer),
-        fingerprint=_fingerprint(made, tokenizer),
+        collate or _collator(config, made, preparer.tokenizer),
+        fingerprint=_fingerprint(made, preparer.tokenizer_fingerprint),
         num_workers=config.num_workers,
         prefetch=config.prefetch,
         pin_memory=config.pin_memory,
@@ -177,11 +187,11 @@ def _collator(config: DataConfig, made: Sequence[Prepared], tokenizer: Tokenizer
     return first
 
 
-def _fingerprint(made: Sequence[Prepared], tokenizer: Tokenizer | None) -> dict[str, str]:
+def _fingerprint(made: Sequence[Prepared], tokenizer: str) -> dict[str, str]:
     """What must not change when training is resumed; paths may."""
     sources = {f"source {number}": each.records.fingerprint for number, each in enumerate(made, 1)}
     encodings = {f"encoding of source {number}": each.encoding for number, each in enumerate(made, 1)}
-    return {**sources, "tokenizer": "none" if tokenizer is None else tokenizer_fingerprint(tokenizer), **encodings}
+    return {**sources, "tokenizer": tokenizer, **encodings}
 
 
 def _ratio(config: DataConfig, name: SplitName) -> bool:
@@ -204,13 +214,15 @@ def _known_length(made: Prepared) -> int:
     return made.length
 
 
-def _log_use(made: dict[int, Prepared], order: SampleOrder, global_batch_size: int, num_steps: int | None) -> None:
+def _uses(
+    made: dict[int, Prepared], order: SampleOrder, global_batch_size: int, num_steps: int | None
+) -> Iterator[str]:
     """How much of each source a run will see."""
     if num_steps is None:
-        _LOG.info("train: steps of %d samples, without end", global_batch_size)
+        yield f"train: steps of {global_batch_size} samples, without end"
         return
     total = num_steps * global_batch_size
-    _LOG.info("train: %s steps of %d samples, %s in all", f"{num_steps:,}", global_batch_size, f"{total:,}")
+    yield f"train: {num_steps:,} steps of {global_batch_size} samples, {total:,} in all"
     for each, use in zip(made.values(), order.uses(total), strict=True):
         of = "a stream" if each.length is None else f"{use.epochs:.2f} epochs of {each.length:,}"
-        _LOG.info("train: %s: %s samples (%.2f %%), %s", each.path, f"{use.samples:,}", 100 * use.share, of)
+        yield f"train: {each.path}: {use.samples:,} samples ({100 * use.share:.2f} %), {of}"

@@ -6,8 +6,8 @@ from typing import Literal, final
 
 from swissarmy.core.config import Config
 from swissarmy.core.errors import ConfigError
-from swissarmy.data.splits import SPLITS, SplitName, period_of
-from swissarmy.data.weights import Weight, WeightsMean, parse_stages, parse_weights
+from swissarmy.data.order.splits import SPLITS, SplitName, period_of
+from swissarmy.data.order.weights import Weight, WeightsMean, parse_stages, parse_weights
 
 RecordFormat = Literal["auto", "text", "completion", "chat", "tokens", "seq2seq", "classification", "images", "samples"]
 CAUSAL_FORMATS = ("auto", "text", "completion", "chat", "tokens")
@@ -47,6 +47,12 @@ class DataConfig(Config):
     """What records are; `auto` goes by the fields of the first. `samples`: they are encoded already."""
     text_unit: Literal["line", "paragraph", "file"] = "line"
     """What a record of a `.txt` file is."""
+    binary_dtype: str | None = None
+    """The type of the numbers in `.bin` files, as NumPy writes it: `uint16`, `<f4`, ..."""
+    binary_shape: tuple[int, ...] = ()
+    """The shape of a record of a `.bin` file; a single value when empty."""
+    binary_field: str = "data"
+    """What a record of a `.bin` file calls its numbers: the name of the `tokens_field` or `image_field`, or another."""
     text_field: str = "text"
     """Where `text` and `classification` have their text."""
     text_pair_field: str | None = None

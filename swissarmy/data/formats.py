@@ -6,9 +6,9 @@ from typing import Any
 from torch.utils.data import default_collate
 
 from swissarmy.core.errors import ConfigError, nearest
-from swissarmy.data.batches import Collate
-from swissarmy.data.chat_encoder import ChatEncoder
-from swissarmy.data.collate import (
+from swissarmy.data.config import DataConfig, RecordFormat
+from swissarmy.data.loading.batches import Collate
+from swissarmy.data.loading.collate import (
     CausalCollator,
     ClassificationCollator,
     ImageCollator,
@@ -16,10 +16,16 @@ from swissarmy.data.collate import (
     Padding,
     Seq2SeqCollator,
 )
-from swissarmy.data.config import DataConfig, RecordFormat
-from swissarmy.data.encoders import ClassificationEncoder, CompletionEncoder, Seq2SeqEncoder, TextEncoder, TokensEncoder
-from swissarmy.data.examples import Encoder
-from swissarmy.data.image_encoder import ImageEncoder
+from swissarmy.data.samples.chat_encoder import ChatEncoder
+from swissarmy.data.samples.encoders import (
+    ClassificationEncoder,
+    CompletionEncoder,
+    Seq2SeqEncoder,
+    TextEncoder,
+    TokensEncoder,
+)
+from swissarmy.data.samples.examples import Encoder
+from swissarmy.data.samples.image_encoder import ImageEncoder
 from swissarmy.data.source import RecordError
 from swissarmy.data.tokenizer import Tokenizer
 

@@ -1,24 +1,24 @@
 """From a path to samples: opened, split, encoded, and no longer than they may be."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.config import DataConfig, RecordFormat
-from swissarmy.data.examples import Encoder, Examples, Sample
 from swissarmy.data.formats import encoder_for, format_of
-from swissarmy.data.lengths import Lengths, count_lengths
-from swissarmy.data.packing import Packed
-from swissarmy.data.pieces import Pieces, TooLong
+from swissarmy.data.order.splits import Split, SplitName, SplitSource
+from swissarmy.data.samples.examples import Encoder, Examples, Sample
+from swissarmy.data.samples.lengths import Lengths, count_lengths
+from swissarmy.data.samples.offset_tokenizer import tokenizer_fingerprint
+from swissarmy.data.samples.packing import Packed
+from swissarmy.data.samples.pieces import Pieces, TooLong
 from swissarmy.data.source import DataError, RecordError, Source, digest
-from swissarmy.data.sources.open import HUB, open_source, open_stream
-from swissarmy.data.sources.stream import StreamSource
+from swissarmy.data.sources.open import HUB, extension_of, open_source, open_stream
+from swissarmy.data.sources.stream import MappedStream, StreamSource
 from swissarmy.data.sources.wrapped import as_source
-from swissarmy.data.splits import Split, SplitName, SplitSource
-from swissarmy.data.streams import MappedStream
 from swissarmy.data.tokenizer import Tokenizer
 
 AnySource = Source | StreamSource
@@ -30,11 +30,19 @@ def create_dataset(path: str, config: DataConfig) -> AnySource:
     """The source of a path, by its extension; for data of your own kind give `build_loaders` another such function.
 
     Raises:
+        ConfigError: Files of numbers are named, and not which numbers.
         DataError: There is nothing, or nothing that can be read.
     """
     if config.streaming and path.startswith(HUB) and path in config.train_data:
         return open_stream(path)
-    return open_source(path, unit=config.text_unit) if path.endswith(".txt") else open_source(path)
+    match extension_of(path):
+        case ".txt":
+            return open_source(path, unit=config.text_unit)
+        case ".bin" if config.binary_dtype is None:
+            raise ConfigError(f"{path}: its records are plain numbers: give binary_dtype and binary_shape.")
+        case ".bin":
+            return open_source(path, dtype=config.binary_dtype, shape=config.binary_shape, field=config.binary_field)
+    return open_source(path)
 
 
 class Prepared(NamedTuple):
@@ -72,6 +80,8 @@ class Preparer:
     """Opens a path."""
     encode: Encoder | None = None
     """Makes a sample of a record, instead of the encoder that the config describes."""
+    _encoders: dict[RecordFormat, Encoder | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """One for each format, however many sources there are: each holds a copy of the tokenizer."""
 
     def open(self, path: str) -> AnySource:
         """The records of a path.
@@ -109,7 +119,7 @@ class Preparer:
         if not isinstance(records, StreamSource) and not len(records):
             raise DataError(f"{path}: split={self.config.split!r} leaves none of its few records to train on")
         record_format = self._format(records)
-        encode = self.encode or encoder_for(record_format, self.config, self.tokenizer)
+        encode = self.encode or self._encoder(record_format)
         if encode is None:
             return Prepared(path, records, records, record_format, "none")
         encoding = digest(encode.fingerprint, self.config.sequence_length, self.config.too_long, self.config.packing)
@@ -121,7 +131,7 @@ class Preparer:
     def lengths(self, samples: Source) -> Lengths:
         """The tokens of each sample."""
         if isinstance(samples, Pieces):
-            return samples.lengths.astype("int32")
+            return samples.token_counts().astype("int32")
         return count_lengths(
             samples,
             num_workers=self.config.num_workers,
@@ -129,10 +139,20 @@ class Preparer:
             cache_folder=self._cache_folder,
         )
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer, which takes a moment to write out."""
+        return "none" if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer)
+
     def _format(self, records: AnySource) -> RecordFormat:
         if self.config.record_format != "auto" or self.encode is not None:
             return self.config.record_format
         return format_of(*self._first_record(records), self.config)
+
+    def _encoder(self, record_format: RecordFormat) -> Encoder | None:
+        if record_format not in self._encoders:
+            self._encoders[record_format] = encoder_for(record_format, self.config, self.tokenizer)
+        return self._encoders[record_format]
 
     def _first_record(self, records: AnySource) -> tuple[Mapping[str, Any], str]:
         """The first record that can be read, and where it stands."""

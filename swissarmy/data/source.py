@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from swissarmy.core.errors import SwissArmyError, nearest
 
 _WHOLE = 1 << 20
@@ -52,6 +55,16 @@ class Source(Protocol):
 
     def where(self, index: int) -> str:
         """Where a record stands, as a person would look it up: `a.jsonl:17`."""
+        ...
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A source that may know how many tokens each record has without reading it. A method, as `isinstance` evaluates
+    properties."""
+
+    def token_counts(self) -> npt.NDArray[np.integer[Any]] | None:
+        """`[records]`; `None` if it would have to read them."""
         ...
 
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from swissarmy.data.examples import length_of
+from swissarmy.data.samples.examples import length_of
 from swissarmy.data.source import RecordError, Source
 from swissarmy.data.sources.wrapped import content_hash
 

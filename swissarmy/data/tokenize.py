@@ -11,19 +11,17 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from swissarmy.data.source import DataError, RecordError, Source, digest
-from swissarmy.data.token_file import TokenFile, TokenFileWriter, TokenHeader, write_token_file
+from swissarmy.data.sources.token_file import TokenFile, TokenFileWriter, TokenHeader, write_token_file
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +93,9 @@ def write_tokens(
     size = part_records or min(max(_SMALLEST_PART, -(-len(samples) // _MOST_PARTS)), _LARGEST_PART)
     job = _Job(samples, target.with_name(target.name + ".parts"), vocab_size, size, max_bad_records)
     job.folder.mkdir(parents=True, exist_ok=True)
-    with _bar(len(job.parts()), shown=progress) as bar:
+    with _bar(len(job.parts()), shown=progress) as tick:
         for skipped in _make_parts(job, num_workers):
-            bar.advance(bar.task_ids[0])
+            tick()
             for message in skipped:
                 log.warning("left out: %s", message)
     header = _join(job, target)
@@ -112,11 +110,19 @@ def _already(target: Path, samples: Source, vocab_size: int) -> TokenHeader:
     return header
 
 
-def _bar(total: int, *, shown: bool) -> Progress:
+@contextmanager
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, if wanted; gives what is called after each part."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console  # not before it is needed: importing it draws from the process's random numbers
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TextColumn("parts"), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
-    bar.add_task("tokenizing", total=total)
-    return bar
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tokenizing", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _make_parts(job: _Job, num_workers: int) -> Iterator[Sequence[str]]:

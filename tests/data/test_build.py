@@ -14,9 +14,12 @@ import torch
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.config import DataConfig
-from swissarmy.data.loader import FingerprintError
+from swissarmy.data.loading.loader import FingerprintError
+from swissarmy.data.samples.examples import Examples
 from swissarmy.data.source import DataError, RecordError
 from swissarmy.data.sources.stream import Stream
+from swissarmy.data.sources.token_file import write_token_file
+from swissarmy.data.sources.tokens import TokenDocuments
 from tests.data.tiny_data import letters
 
 TEMPLATE = (
@@ -158,7 +161,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_at_the_start(tmp_path: Path)
 def test_splits_share_out_every_row(tmp_path: Path) -> None:
     data = numbered(tmp_path, "data", 50)
     loaders = built(5, num_steps=8, train_data=(data,), split="8,1,1")
-    rows = [first_tokens(loader) for loader in loaders]
+    rows = [first_tokens(loader) for loader in (loaders.train, loaders.valid, loaders.test)]
     assert [len(part) for part in rows] == [40, 5, 5]
     assert sorted(chain.from_iterable(rows)) == list(range(50))
 
@@ -190,7 +193,7 @@ def test_a_file_too_small_to_split_is_an_error_only_for_training(
     with caplog.at_level(logging.WARNING):
         loaders = built(train_data=(data,), split="1,0,1", split_seed=kept)
     assert first_tokens(loaders.test) == []
-    assert "test: 0 samples" in caplog.text
+    assert "test: the split leaves no sample" in caplog.text
     lost = next(key for key in range(50) if _test_gets_the_row(data, key))
     with pytest.raises(DataError, match="leaves none of its few records to train on"):
         built(train_data=(data,), split="1,0,1", split_seed=lost)
@@ -247,6 +250,61 @@ def test_the_log_says_what_a_run_will_see(tmp_path: Path, caplog: pytest.LogCapt
     assert "b.jsonl: 100 samples (33.33 %), 1.00 epochs of 100" in caplog.text
 
 
+def test_the_plan_is_what_the_log_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="swissarmy.data"):
+        loaders = built(10, num_steps=30, train_data=(numbered(tmp_path, "a", 10),), split="8,2,0")
+    assert list(loaders.plan) == [record.message for record in caplog.records]
+    assert loaders.plan[1].endswith("a.jsonl: 300 samples (100.00 %), 37.50 epochs of 8")
+    assert loaders.plan[2] == "valid: 2 samples, each once, in batches of 10"
+
+
+# What is opened
+
+
+def test_sources_of_one_format_share_an_encoder(words: str, tmp_path: Path) -> None:
+    other = jsonl(tmp_path / "other.jsonl", [{"text": "ab"}] * 10)
+    loaders = built(train_data=(words, other), valid_data=(other,), tokenizer=letters())
+    assert loaders.train is not None
+    assert loaders.valid is not None
+    parts = [*loaders.train.batches.parts, *loaders.valid.batches.parts]
+    assert all(isinstance(part, Examples) for part in parts)
+    assert len({id(part.encode) for part in parts if isinstance(part, Examples)}) == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "*.txt", "."])
+def test_the_unit_of_text_holds_for_folders_and_patterns(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("ab\nc\n\nd\n")
+    loaders = built(1, valid_data=(str(tmp_path / name),), text_unit="paragraph", tokenizer=letters())
+    assert loaders.valid is not None
+    assert [int(batch["padding_mask"].sum()) for batch in loaders.valid] == [len("<ab\nc>"), len("<d>")]
+
+
+def test_records_of_numbers_are_read_as_tokens(tmp_path: Path) -> None:
+    np.arange(12, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    settings = {"valid_data": (str(tmp_path / "a.bin"),), "binary_dtype": "uint16", "binary_shape": (4,)}
+    loaders = built(2, binary_field="input_ids", **settings)
+    assert loaders.valid is not None
+    assert first_tokens(loaders.valid) == [0, 4, 8]
+    samples = built(3, record_format="samples", **settings).valid
+    assert samples is not None
+    assert next(iter(samples))["data"].tolist() == np.arange(12).reshape(3, 4).tolist()
+    with pytest.raises(ConfigError, match=r"a.bin: .*binary_dtype and binary_shape"):
+        built(2, valid_data=settings["valid_data"])
+
+
+def test_token_files_are_packed_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        with write_token_file(tmp_path / f"{name}.tokens", vocab_size=9, made_of=name) as writer:
+            for length in range(1, 21):
+                writer.add(np.ones(length, np.int64), where=name)
+    monkeypatch.setattr(TokenDocuments, "__getitem__", None)  # reading one is an error
+    loaders = built(
+        train_data=(str(tmp_path),), split="8,2,0", packing=True, sequence_length=64, record_format="tokens"
+    )
+    assert loaders.train is not None
+    assert loaders.valid is not None
+
+
 # Lengths
 
 
@@ -299,6 +357,38 @@ def test_bad_records_are_skipped_when_packing_too(tmp_path: Path) -> None:
 
 
 # Resuming
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (4, 0), (1, 2), (2, 2), (4, 2)])
+def test_one_stream_of_samples_with_everything_on_resumed_on_any_ranks_and_workers(
+    words: str, tmp_path: Path, world_size: int, num_workers: int
+) -> None:
+    """Two sources, blended, split, packed, one with bad records: run for some steps as it is, then on other ranks."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f'{{"text": "{"hij"[: n % 3 + 1]}"}}\n' if n % 9 else "no json\n" for n in range(90)))
+    settings = {
+        "train_data": (words, str(other)),
+        "train_data_weights": (2, 1),
+        "split": "9,1,0",
+        "sequence_length": 16,
+        "packing": True,
+        "on_bad_record": "skip",
+        "tokenizer": letters(),
+    }
+    whole = [batch["input_ids"].tolist() for batch in built(8, num_steps=9, **settings).train or ()]
+    begun = built(8, num_steps=4, **settings).train
+    assert begun is not None
+    assert [batch["input_ids"].tolist() for batch in begun] == whole[:4]
+    ranks = [
+        built(8, num_steps=9, rank=rank, world_size=world_size, num_workers=num_workers, **settings).train
+        for rank in range(world_size)
+    ]
+    pieces = []
+    for run in ranks:
+        assert run is not None
+        run.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        pieces.append([batch["input_ids"].tolist() for batch in run])
+    assert [[row for piece in pieces for row in piece[step]] for step in range(5)] == whole[4:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

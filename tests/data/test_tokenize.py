@@ -17,11 +17,11 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from swissarmy.data import tokenize
-from swissarmy.data.encoders import TextEncoder
-from swissarmy.data.examples import Examples
+from swissarmy.data.samples.encoders import TextEncoder
+from swissarmy.data.samples.examples import Examples
 from swissarmy.data.source import DataError, RecordError
 from swissarmy.data.sources.jsonl import JsonlSource
-from swissarmy.data.token_file import TokenFile
+from swissarmy.data.sources.token_file import TokenFile
 from swissarmy.data.tokenize import write_tokens
 from swissarmy.data.tokenizer import Tokenizer
 

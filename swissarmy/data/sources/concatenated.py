@@ -8,7 +8,10 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, final
 
-from swissarmy.data.source import Source, check_index, digest
+import numpy as np
+import numpy.typing as npt
+
+from swissarmy.data.source import CountsTokens, Source, check_index, digest
 
 _MOST_OPEN = 128
 """Parts; each open one holds a file or two, of which a process may have about a thousand."""
@@ -42,6 +45,12 @@ class Concatenated:
         """Where the part says."""
         part, number = self._find(index)
         return part.where(number)
+
+    def token_counts(self) -> npt.NDArray[np.integer[Any]] | None:
+        """`[records]`, the tokens of each, where all parts know them; see `CountsTokens`."""
+        known = [part.token_counts() for part in map(copy.copy, self.parts) if isinstance(part, CountsTokens)]
+        lengths = [each for each in known if each is not None]
+        return np.concatenate(lengths) if lengths and len(lengths) == len(self.parts) else None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -35,8 +35,9 @@ class FileReader:
         """
         if not 0 <= start <= stop:
             raise DataError(f"{self.path}: there are no bytes {start} to {stop}")
-        data = os.pread(self._descriptor, min(stop - start, _MOST_AT_ONCE), start)
-        return data if len(data) == stop - start else self._rest(data, start + len(data), stop)
+        length = stop - start
+        data = os.pread(self._descriptor, min(length, _MOST_AT_ONCE), start)
+        return data if len(data) == length else self._rest(data, start + len(data), stop)
 
     def _rest(self, data: bytes, start: int, stop: int) -> bytes:
         pieces = [data]

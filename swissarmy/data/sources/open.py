@@ -72,6 +72,17 @@ def open_stream(path: str | os.PathLike[str], **options: Any) -> Stream:
     return _from_hub(name, options).stream()
 
 
+def extension_of(path: str | os.PathLike[str]) -> str:
+    """The extension of the files that a path names, in small letters; empty for pictures and for what `datasets` reads.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    name = os.fspath(path)
+    files = [] if name.startswith(HUB) else _files(name)
+    return files[0].suffix.lower() if files else ""
+
+
 def _from_hub(name: str, options: dict[str, Any]) -> HuggingFaceSource:
     repository, _, query = name.removeprefix(HUB).partition("?")
     if not repository:
@@ -80,27 +91,45 @@ def _from_hub(name: str, options: dict[str, Any]) -> HuggingFaceSource:
 
 
 def _from_path(name: str, options: dict[str, Any]) -> Source:
+    if files := _files(name):
+        return _from_files(files, options)
     path = Path(name)
     if path.is_dir():
         return _from_folder(path, options)
-    if path.exists():
-        return _from_file(path, options)
     if glob.has_magic(name):
-        found = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
-        if not found:
-            raise DataError(f"{name}: no file matches this pattern")
-        return _from_files(found, options)
+        raise DataError(f"{name}: no file matches this pattern")
     hint = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else ())
     hint += "" if path.suffix or path.is_absolute() else f" A data set on the hub is written {HUB}{name}."
     raise DataError(f"{name}: there is no such file or folder.{hint}")
 
 
+def _files(name: str) -> list[Path]:
+    """The file that a path is, or those in a folder or of a pattern, by their names; none of what is not ours to open.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    path = Path(name)
+    if path.is_dir():
+        try:
+            found = () if _is_saved(path) else tuple(path.iterdir())
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror or error}") from error
+        return sorted(each for each in found if each.suffix.lower() in _KINDS and not each.name.startswith("."))
+    if path.exists():
+        return [path]
+    matches = glob.glob(name, recursive=True) if glob.has_magic(name) else ()
+    return sorted(Path(match) for match in matches if os.path.isfile(match))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder is a data set that `datasets` saved."""
+    return (folder / "dataset_info.json").exists() and (folder / "state.json").exists()
+
+
 def _from_folder(folder: Path, options: dict[str, Any]) -> Source:
-    if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
+    if _is_saved(folder):
         return _make(HuggingFaceSource, str(folder), options)
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _KINDS and not path.name.startswith("."))
-    if files:
-        return _from_files(files, options)
     if has_pictures(folder):
         return _make(ImageFolder, folder, options)
     raise DataError(f"{folder} holds no file that is data: the extensions are {', '.join(_KINDS)}, and pictures")

@@ -57,8 +57,8 @@ class RecordIndex:
 
     def span(self, index: int) -> tuple[int, int]:
         """The bytes from a record's first to the next one's: blank lines that follow it are in it."""
-        stop = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
-        return int(self.starts[index]), int(stop)
+        stop = self.starts.item(index + 1) if index + 1 < len(self.starts) else self.size
+        return self.starts.item(index), stop
 
     def line(self, index: int) -> int:
         """The line on which a record begins, counted from 1."""

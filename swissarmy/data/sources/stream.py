@@ -1,7 +1,8 @@
 """Records that come one after another and have no numbers: what a stream must do, and one over any iterable."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, final, runtime_checkable
 
 from swissarmy.core.errors import nearest
@@ -125,3 +126,43 @@ class Stream:
     def where(self) -> str:
         """`name, pass 0, record 17`."""
         return f"{self._name}, pass {self._pass}, record {self._given - 1}"
+
+
+@final
+@dataclass(frozen=True)
+class MappedStream:
+    """A stream of which each record is changed, as into a sample; a record that cannot be is bad, and the next follows.
+
+    Args:
+        stream: Records.
+        change: Gets a record and where it stands.
+        fingerprint_of_change: Changes when the same record gives something else.
+    """
+
+    stream: StreamSource
+    change: Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+    fingerprint_of_change: str
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """One pass, from where the state says to the end; it goes on after a `RecordError`."""
+        return map(self._changed, self.stream)  # a generator would end with the first error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go there."""
+        self.stream.load_state_dict(state)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the stream and of the change."""
+        return digest("mapped", self.stream.fingerprint, self.fingerprint_of_change)
+
+    def where(self) -> str:
+        """Where the record given last stands."""
+        return self.stream.where()
+
+    def _changed(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.change(record, self.stream.where())

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from swissarmy.data.source import DataError, digest
 from swissarmy.data.sources.file_source import FileSource
-from swissarmy.data.token_file import TokenFile
+from swissarmy.data.sources.token_file import TokenFile
 
 Ids = npt.NDArray[np.int64]
 
@@ -44,8 +44,7 @@ class TokenDocuments(FileSource):
         """The file."""
         return TokenFile(self.path)
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
+    def token_counts(self) -> npt.NDArray[np.int64]:
         """`[documents]`, how many tokens each has, without reading them."""
         lengths: npt.NDArray[np.int64] = np.diff(self.tokens.offsets)
         return lengths

@@ -93,6 +93,7 @@ def test_a_file_that_grows_again_and_again_stays_right(tmp_path: Path, parts: li
     ("line", "words"),
     [
         (b'{"a": 1', "not valid JSON: Expecting ',' delimiter at column 8"),
+        (b'{"a": "b', "not valid JSON: Unterminated string starting at column 7"),
         (b"[1, 2]", "this is an array"),
         (b'"text"', "this is a string"),
         (b"null", "this is null"),
@@ -115,6 +116,21 @@ def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path: Path, line: b
     assert words in str(error.value)
     assert [source[0], source[2], source[-1]] == [{"n": 1}, {"n": 2}, {"n": 2}]
     assert source.where(2) == f"{path}:4"
+
+
+@pytest.mark.parametrize("end", [b"x", b" x", b"\x0b", "\u2028".encode()])
+def test_nothing_but_spaces_may_follow_the_object_on_its_line(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}' + end)
+    with pytest.raises(RecordError, match=r"a.jsonl:1: not valid JSON: Extra data"):
+        JsonlSource(path)[0]
+
+
+@pytest.mark.parametrize("spaces", [b"", b"\r", b" \t\r\n\n \r\n"])
+def test_spaces_around_the_object_are_no_part_of_it(tmp_path: Path, spaces: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'  {"n": 1}' + spaces + b"\n{}" + spaces)
+    assert list(JsonlSource(path)) == [{"n": 1}, {}]
 
 
 def test_a_line_of_a_hundred_megabytes_is_a_line(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from swissarmy.data.sources.jsonl import JsonArraySource, JsonlSource
 from swissarmy.data.sources.open import EXTENSIONS, open_source, open_stream
 from swissarmy.data.sources.table import CsvSource
 from swissarmy.data.sources.text import TextSource
+from swissarmy.data.sources.token_file import write_token_file
 from swissarmy.data.sources.tokens import TokenDocuments, TokenWindows
 from swissarmy.data.sources.webdataset import WebDatasetSource
-from swissarmy.data.token_file import write_token_file
 from tests.data.sources.test_webdataset import shard
 
 
