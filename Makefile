@@ -31,6 +31,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/hook_overhead.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/generation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
