@@ -101,6 +101,7 @@ class Transformers:
 
         transformers.logging.set_verbosity_error()
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = self.model.config.eos_token_id = None  # all go to the full length
         self.options: dict[str, Any] = {} if candidate == "transformers" else {"cache_implementation": "static"}
         if "compiled" in candidate:
             self.model.forward = torch.compile(self.model.forward)
@@ -127,7 +128,6 @@ class Transformers:
                 ids,
                 attention_mask=mask,
                 max_new_tokens=work.new_tokens,
-                min_new_tokens=work.new_tokens,
                 do_sample=False,
                 pad_token_id=0,
                 **options,

@@ -99,9 +99,9 @@ class ReducedWeightsMixin(BaseMixin):
         if table is None or not _owns_ends(model):
             return cls(layers, None, None)
         weight = table.weight.detach()
-        return cls(
-            layers, ReducedTable(weight, kind), reduce_linear(weight if head is None else head.weight, None, kind)
-        )
+        head_kind: Kind = "int8" if kind == "int4" else kind  # 4 bits cost a head too much
+        whole = reduce_linear(weight if head is None else head.weight, None, head_kind)
+        return cls(layers, ReducedTable(weight, kind), whole)
 
     @replaceable
     def linear_forward(self, x: Tensor, linear: nn.Module, name: str, **kw_args: Any) -> Tensor:

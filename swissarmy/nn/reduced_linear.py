@@ -7,7 +7,6 @@ and no time. Weights stay where they were reduced, and gradients reach the input
 Shapes: i inputs, o outputs, g groups of a row's weights.
 """
 
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Final, Literal, final
@@ -19,6 +18,9 @@ from torch import Tensor, nn
 from swissarmy.core.errors import ConfigError
 
 Kind = Literal["fp16", "int8", "int4"]
+
+INPUTS: Final = 32
+"""PyTorch's integer kernels read the inputs of a row by so many, past its end if they must."""
 
 
 class ReducedLinear(nn.Module, ABC):
@@ -82,27 +84,36 @@ class HalfLinear(ReducedLinear):
 
 @final
 class Int8Linear(ReducedLinear):
-    """Each row of the weight in 8 bits with a scale of its own; the input is rounded to 8 bits for each product.
+    """Each row of the weight in 8 bits with a scale of its own; products in bfloat16.
 
-    One scale serves all rows of an input, so a row's result depends a little on its neighbours; about 6e-3 of
-    relative error in a product.
+    The input is not rounded to integers: language models have a few features so large that a scale for all of them
+    leaves the rest no steps (Dettmers et al. 2022). About 6e-3 of relative error in a product.
     """
+
+    FEW: Final = 16
+    """Up to so many rows the kernel that widens as it reads is the quicker one."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Round each row to 255 steps, symmetric about zero."""
         super().__init__(weight, bias)
         steps, scale = rounded_rows(weight)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # its packed kernels know no other
-            quantized = torch._make_per_channel_quantized_tensor(
-                steps, scale.double(), torch.zeros(self.out_features, dtype=torch.int64), axis=0
-            )
-        self.packed = torch.ops.quantized.linear_prepack(quantized, _float(bias))
+        self.missing_inputs = -self.in_features % INPUTS
+        self.steps = F.pad(steps, (0, self.missing_inputs)).contiguous()
+        self.scale = scale.bfloat16()  # exactly: the steps are of that size
+        self.bias = _float(bias)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """FBGEMM's product in integers."""
-        product: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed)
-        return product.to(x.dtype)
+        """The product in bfloat16, the bias in float32."""
+        rows = _bfloat16_rows(x, self.missing_inputs)
+        if len(rows) <= self.FEW:
+            product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.steps, self.scale)
+        else:
+            product = F.linear(rows, self.steps.bfloat16()) * self.scale
+        return _with_bias(product, self.bias, x)
+
+    def widened(self) -> Tensor:
+        """The weight, float32 `[o, i]`, without a product's rounding."""
+        return self.steps[:, : self.in_features].float() * self.scale.float()[:, None]
 
 
 @final
@@ -112,7 +123,7 @@ class Int4Linear(ReducedLinear):
     About 8e-2 of relative error in a product.
     """
 
-    GROUP: Final = 32
+    GROUP: Final = INPUTS
     OUTPUTS: Final = 16
     """The kernel takes outputs by so many."""
 
@@ -124,19 +135,14 @@ class Int4Linear(ReducedLinear):
         steps, scale, least = rounded_groups(padded, self.GROUP)
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps.flatten(1).int(), 1)
         self.scales = torch.stack((scale, least + 8 * scale), dim=-1).transpose(0, 1).contiguous().bfloat16()
-        self.bias = None if bias is None else bias.detach().float()
+        self.bias = _float(bias)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The packed product in bfloat16. One row goes twice: alone it would take the kernel's slow path."""
-        rows = F.pad(x.flatten(0, -2), (0, self.missing_inputs)).bfloat16()
-        doubled = rows.expand(2, -1) if len(rows) == 1 else rows
-        padded: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            doubled.contiguous(), self.packed, self.GROUP, self.scales
-        )
-        product = padded[: len(rows), : self.out_features].to(x.dtype)
-        if self.bias is not None:
-            product = product + self.bias.to(x.dtype)
-        return product.view(*x.shape[:-1], self.out_features)
+        rows = _bfloat16_rows(x, self.missing_inputs)
+        doubled = rows.repeat(2, 1) if len(rows) == 1 else rows
+        padded: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(doubled, self.packed, self.GROUP, self.scales)
+        return _with_bias(padded[: len(rows), : self.out_features], self.bias, x)
 
 
 @final
@@ -193,9 +199,12 @@ def reduce_linear(weight: Tensor, bias: Tensor | None, kind: Kind) -> ReducedLin
 
 
 def rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row in 255 steps symmetric about zero: int8 `[o, i]`, and the size of a row's step `[o]` in float32."""
-    scale = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+    """Each row in 255 steps symmetric about zero: int8 `[o, i]`, and the size of a row's step `[o]`.
+
+    The sizes are float32 numbers that bfloat16 holds exactly, so that either may multiply.
+    """
+    scale = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).bfloat16().float()
+    return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def rounded_groups(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +218,18 @@ def rounded_groups(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = ((greatest - least) / 15).clamp(min=torch.finfo(torch.float32).tiny)
     steps = ((groups - least[..., None]) / scale[..., None]).round().clamp(0, 15)
     return steps.to(torch.uint8), scale, least
+
+
+def _bfloat16_rows(x: Tensor, missing: int) -> Tensor:
+    """The rows of `[..., i]` as the kernels take them, with zeros for the inputs that their blocks lack."""
+    rows = x.flatten(0, -2).bfloat16()
+    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def _with_bias(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """A bfloat16 product `[rows, o]` with its float32 bias, in the shape and the precision of its input `[..., i]`."""
+    whole = (product if bias is None else product + bias).to(x.dtype)
+    return whole.view(*x.shape[:-1], product.shape[1])
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -71,7 +71,7 @@ def test_letting_go_of_the_weights_changes_nothing(family: str, kind: Kind) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_generation_equals_uncached(kind: Kind) -> None:
-    """int8 rounds what it is given by the largest entry of all rows, so only weight-only kinds agree closely."""
+    """The kernels differ by the number of rows, in bfloat16's rounding; fp16's does not."""
     model = tiny_model("llama")
     reduce_weights(model, kind)
     prompt = torch.tensor([5, 9, 11, 30])
@@ -79,7 +79,7 @@ def test_cached_generation_equals_uncached(kind: Kind) -> None:
     for stop in range(4, 12):
         logits = model(tokens[:, :stop])[0][:, -1]
         chosen = logits.gather(1, tokens[:, stop, None]) if stop < 12 else logits.amax(1, keepdim=True)
-        assert (logits.amax(1, keepdim=True) - chosen).item() <= {"fp16": 1e-5, "int8": 0.05, "int4": 0.02}[kind]
+        assert (logits.amax(1, keepdim=True) - chosen).item() <= {"fp16": 1e-5, "int8": 0.02, "int4": 0.02}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
