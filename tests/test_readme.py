@@ -92,6 +92,7 @@ def test_the_page_on_data_runs_from_top_to_bottom(
         printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler's
 def test_the_page_on_generation_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
