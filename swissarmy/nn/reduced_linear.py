@@ -1,8 +1,8 @@
 """Projections whose weights are held in 16, 8 or 4 bits, for inference: fewer bytes to read for each token.
 
-On CPU the products are PyTorch's own packed kernels, which beat those of torchao's CPU build and of unpacked integers
-(`docs/benchmarks.md`); elsewhere the weight is widened to the input's precision for each product, which saves memory
-and no time. Weights stay where they were reduced, and gradients reach the input only, as QLoRA needs.
+On CPU the products are PyTorch's own kernels, the quickest of those in `docs/benchmarks.md` that keep the input's
+precision; elsewhere the weight is widened to the input's for each product, which saves memory and no time. Weights stay
+where they were reduced, and gradients reach the input only, as QLoRA needs.
 
 Shapes: i inputs, o outputs, g groups of a row's weights.
 """

@@ -14,6 +14,28 @@ from swissarmy.testing import tiny_model
 WITH_REFERENCE = ["gpt2", "llama", "gemma3_text", "t5"]
 
 
+class Letters:
+    """Ids 0 to 60 as characters; `end` ends a text."""
+
+    def __init__(self, *end: int) -> None:
+        self.eos_token_ids = end
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("A") for letter in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(ord("A") + index) for index in ids)
+
+    def stream(self) -> "Letters":
+        return self
+
+    def put(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def end(self) -> str:
+        return ""
+
+
 def here_and_in_transformers(family: str, folder: Path, *, scale: float = 4.0) -> tuple[Model, Any]:
     """The tiny model of a family, as ours and as `transformers`' own, in float64."""
     tiny_model(family, scale=scale).save_pretrained(folder)

@@ -1,6 +1,5 @@
 """Stop strings, the time limit, and the log-probabilities of generated tokens."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,28 +10,7 @@ from swissarmy.generation import stopping
 from swissarmy.generation.stopping import StopStrings
 from swissarmy.generation.text import generate_with_logprobs
 from swissarmy.testing import tiny_model
-
-
-class Letters:
-    """Ids 0 to 60 as characters; `end` ends a text."""
-
-    def __init__(self, *end: int) -> None:
-        self.eos_token_ids = end
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("A") for letter in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(ord("A") + index) for index in ids)
-
-    def stream(self) -> "Letters":
-        return self
-
-    def put(self, token_id: int) -> str:
-        return self.decode([token_id])
-
-    def end(self) -> str:
-        return ""
+from tests.generation.helpers import Letters
 
 
 def sampled(**options: int) -> sat.Strategy:

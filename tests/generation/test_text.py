@@ -1,7 +1,6 @@
 """`generate` and `stream`, with a tokenizer of one character a token, and with the real Gemma."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,47 +9,27 @@ import torch
 import swissarmy as sat
 from swissarmy.generation import stopping
 from swissarmy.testing import tiny_model
+from tests.generation.helpers import Letters
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gemma3_270m.json"
-
-
-class Letters:
-    """Ids 0 to 60 as letters; 60 ends a text."""
-
-    eos_token_ids = (60,)
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("A") for letter in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(ord("A") + index) for index in ids)
-
-    def stream(self) -> "Letters":
-        return self
-
-    def put(self, token_id: int) -> str:
-        return self.decode([token_id])
-
-    def end(self) -> str:
-        return ""
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text", "swissarmy", "t5"])
 def test_streamed_pieces_are_the_generated_text_and_batches_are_their_rows(family: str) -> None:
     model = tiny_model(family)
     prompts = ["HELLO", "A", "WORLDS"]
-    texts = sat.generate(model, Letters(), prompts, max_new_tokens=8)
+    texts = sat.generate(model, Letters(60), prompts, max_new_tokens=8)
     assert len(texts) == 3
     for prompt, text in zip(prompts, texts, strict=True):
-        assert "".join(sat.stream(model, Letters(), prompt, max_new_tokens=8)) == text
-        assert sat.generate(model, Letters(), prompt, max_new_tokens=8) == [text]
+        assert "".join(sat.stream(model, Letters(60), prompt, max_new_tokens=8)) == text
+        assert sat.generate(model, Letters(60), prompt, max_new_tokens=8) == [text]
 
 
 def test_nothing_to_generate_gives_nothing() -> None:
     model = tiny_model("gpt2")
-    assert sat.generate(model, Letters(), ["A", "B"], max_new_tokens=0) == ["", ""]
-    assert sat.generate(model, Letters(), []) == []
-    assert list(sat.stream(model, Letters(), "A", max_new_tokens=0)) == []
+    assert sat.generate(model, Letters(60), ["A", "B"], max_new_tokens=0) == ["", ""]
+    assert sat.generate(model, Letters(60), []) == []
+    assert list(sat.stream(model, Letters(60), "A", max_new_tokens=0)) == []
 
 
 @pytest.mark.parametrize(
@@ -58,15 +37,15 @@ def test_nothing_to_generate_gives_nothing() -> None:
 )
 def test_bad_prompts_are_named(prompt: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(sat.HookCallError, match=message):
-        sat.generate(tiny_model("gpt2"), Letters(), prompt, **options)
+        sat.generate(tiny_model("gpt2"), Letters(60), prompt, **options)
 
 
 def test_a_bar_shows_on_a_terminal_only_and_changes_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompts = tiny_model("gpt2"), ["HELLO", "A"]
-    texts = sat.generate(model, Letters(), prompts, max_new_tokens=8)
-    assert sat.generate(model, Letters(), prompts, max_new_tokens=8, progress=True) == texts
+    texts = sat.generate(model, Letters(60), prompts, max_new_tokens=8)
+    assert sat.generate(model, Letters(60), prompts, max_new_tokens=8, progress=True) == texts
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("FORCE_COLOR", "1")
     strategies = [
@@ -76,10 +55,10 @@ def test_a_bar_shows_on_a_terminal_only_and_changes_nothing(
         sat.PromptLookupStrategy(),
     ]
     for strategy in strategies:
-        plain = sat.generate(model, Letters(), prompts, max_new_tokens=8, strategy=strategy, stop="never")
+        plain = sat.generate(model, Letters(60), prompts, max_new_tokens=8, strategy=strategy, stop="never")
         assert capsys.readouterr().err == ""
         options = {"max_new_tokens": 8, "strategy": strategy, "stop": "never", "progress": True}
-        assert sat.generate(model, Letters(), prompts, **options) == plain
+        assert sat.generate(model, Letters(60), prompts, **options) == plain
         out, err = capsys.readouterr()
         assert out == ""
         assert "generating" in err
@@ -87,21 +66,21 @@ def test_a_bar_shows_on_a_terminal_only_and_changes_nothing(
 
 def test_stop_strings_and_a_time_limit_hold_for_contrastive_search(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, strategy = tiny_model("gpt2", scale=4.0), ["HELLO", "A"], sat.ContrastiveStrategy(0.6, 4)
-    full = sat.generate(model, Letters(), prompts, max_new_tokens=10, strategy=strategy)
+    full = sat.generate(model, Letters(60), prompts, max_new_tokens=10, strategy=strategy)
     stop = [full[0][3:5], full[1][2]]
-    cut = sat.generate(model, Letters(), prompts, max_new_tokens=10, strategy=strategy, stop=stop)
+    cut = sat.generate(model, Letters(60), prompts, max_new_tokens=10, strategy=strategy, stop=stop)
     for text, whole in zip(cut, full, strict=True):
         places = [whole.find(each) for each in stop if each in whole]
         assert whole.startswith(text)
         assert len(text) <= min(places)
     ticks = iter(range(1000))
     monkeypatch.setattr(stopping.time, "monotonic", lambda: next(ticks))
-    (made,) = sat.generate_with_logprobs(model, Letters(), "HELLO", max_new_tokens=10, max_time=4, strategy=strategy)
+    (made,) = sat.generate_with_logprobs(model, Letters(60), "HELLO", max_new_tokens=10, max_time=4, strategy=strategy)
     assert made.finish_reason == "time"
     assert 0 < len(made.text) < 10
     assert full[0].startswith(made.text)
     with pytest.raises(sat.HookCallError, match="only at the end"):
-        list(sat.stream(model, Letters(), "A", strategy=strategy))
+        list(sat.stream(model, Letters(60), "A", strategy=strategy))
 
 
 def test_gemma_continues_as_the_reference_and_its_logits_agree(gemma_gguf: Path) -> None:
