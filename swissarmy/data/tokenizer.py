@@ -4,7 +4,6 @@ Shapes: b = texts, s = tokens of the longest text.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
@@ -13,6 +12,7 @@ import tokenizers
 import torch
 
 from swissarmy.core.errors import TokenizerError, nearest
+from swissarmy.core.files import replace_file
 from swissarmy.data.chat_template import ChatTemplate
 from swissarmy.data.encoding import Encoding, as_unicode, check_lengths, fit, pad
 from swissarmy.data.text_stream import TextStream
@@ -265,12 +265,10 @@ class Tokenizer:
             config["model_max_length"] = self.model_max_length
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        _write(root / "tokenizer.json", self.backend.to_str(pretty=True))
-        _write(root / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        texts = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
+        for name, text in texts.items():
+            with replace_file(root / name) as file:
+                file.write(text.encode())
