@@ -1,12 +1,13 @@
 """Every block of the README runs: Python as one program, `sat` in a shell, `make` targets by name.
 
-So do those of `docs/data.md`, from top to bottom, and the Python of `docs/generation.md`, whose commands are parsed.
+So do those of the pages in `docs`, each from top to bottom; commands that need a real model are parsed only.
 """
 
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,46 +71,47 @@ def test_shell_blocks_run(tmp_path: Path, gemma_gguf: Path) -> None:
         assert result.stdout.strip()
 
 
-def test_the_page_on_data_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gemma_gguf: Path
+def run_command(line: str) -> None:
+    """Run `sat ...`, which says in a comment if it ends with another exit code than 0."""
+    command, _, comment = line.partition("#")
+    assert main(shlex.split(command)[1:]) == ("exit code 1" in comment)
+
+
+def parse_command(line: str) -> None:
+    """Check the options of `sat ...` alone: what it does takes a real model and its time."""
+    sat, name, *arguments = shlex.split(line)
+    command = find_command(name)
+    assert sat == "sat"
+    assert isinstance(command, Command)
+    parse(name, command, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler's
+@pytest.mark.parametrize(
+    ("page", "treat"),
+    [("data.md", run_command), ("generation.md", parse_command), ("write_a_mixin.md", parse_command)],
+)
+def test_a_page_runs_from_top_to_bottom(
+    page: str,
+    treat: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gemma_gguf: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "gemma.gguf").symlink_to(gemma_gguf)
     names: dict[str, object] = {}
     printed = ""
-    for language, block in blocks_of((ROOT / "docs" / "data.md").read_text(encoding="utf-8")):
-        if language == "python":
-            exec(compile(block, "docs/data.md", "exec"), names)
-        elif language == "sh":
-            for line in block.splitlines():
-                command, _, comment = line.partition("#")
-                assert main(shlex.split(command)[1:]) == ("exit code 1" in comment)
-        else:
-            assert language == "text"
-            assert block in printed
+    for language, block in blocks_of((ROOT / "docs" / page).read_text(encoding="utf-8")):
+        if language == "text":
+            assert block.removesuffix("\n") in printed
             continue
-        printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler's
-def test_the_page_on_generation_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    printed = ""
-    for language, block in blocks_of((ROOT / "docs" / "generation.md").read_text(encoding="utf-8")):
         if language == "python":
-            exec(compile(block, "docs/generation.md", "exec"), names)
-            printed = capsys.readouterr().out
-        elif language == "sh":
-            for line in block.splitlines():
-                sat, name, *arguments = shlex.split(line)
-                command = find_command(name)
-                assert sat == "sat"
-                assert isinstance(command, Command)
-                parse(name, command, arguments)
+            exec(compile(block, page, "exec"), names)
         else:
-            assert language == "text"
-            assert block in printed
+            assert language == "sh"
+            for line in block.splitlines():
+                treat(line)
+        printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
