@@ -5,13 +5,13 @@ stream in: nothing is silently missing, unexpected, or left at a random value.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import CheckpointError, ConfigError
@@ -62,10 +62,11 @@ def load(
     kind = None if quantize is None else check_kind(quantize)
     values, source, where = open_checkpoint(path, dtype)
     with torch.device("meta"):
-        model = build_model(_overridden(values, overrides or {}), where=where)
+        model = build_model(overridden(values, overrides or {}), where=where)
     plan = make_plan(model, source, allow_missing=allow_missing, stored=values)
-    _check_duplicates(model, plan, source)
-    _stream(model, plan, source, dtype=dtype, device=torch.device(device))
+    check_duplicates(model, plan, source)
+    for name, tensor in read_tensors(plan, source, dtype):
+        assign(model, name, tensor.to(device=torch.device(device), dtype=dtype or tensor.dtype))
     stored_dtype = next((p.dtype for p in model.parameters() if p.device.type != "meta"), torch.float32)
     for name in plan.missing:
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
@@ -89,7 +90,7 @@ def _check_options(dtype: object, device: object, mixins: object, allow_missing:
         raise ConfigError(f"device={device!r} is no device: give 'cpu', 'cuda' or 'cuda:1'.") from None
 
 
-def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the caller's changes; names of labels do not survive another number of labels."""
     stale = {"id2label", "label2id"} if "num_labels" in overrides else set()
     return {**{key: value for key, value in values.items() if key not in stale}, **overrides}
@@ -212,15 +213,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _stream(
-    model: nn.Module, plan: Plan, source: TensorSource, *, dtype: torch.dtype | None, device: torch.device
-) -> None:
+def read_tensors(plan: Plan, source: TensorSource, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters by their names, each read when its turn comes; as stored when `dtype` is omitted."""
     for entry in plan.entries:
         whole = source.read(plan.names[entry.theirs])
         if entry.rule.fit is not None:
             whole = entry.rule.fit(whole.to(dtype=dtype or whole.dtype), plan.stored)
-        for name, tensor in zip(entry.ours, entry.rule.split(whole), strict=True):
-            assign(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+        yield from zip(entry.ours, entry.rule.split(whole), strict=True)
 
 
 def _start_anew(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -252,7 +251,7 @@ def _shape_problems(
         yield f"{name}: have {list(source.shape(name))}, want {list(whole)} ({', '.join(entry.ours)})"
 
 
-def _check_duplicates(model: Model, plan: Plan, source: TensorSource) -> None:
+def check_duplicates(model: Model, plan: Plan, source: TensorSource) -> None:
     """Refuse tied tensors that were stored twice and differ."""
     weight_map: WeightMap = model.source.family.weights(model.source.config)
     names = plan.names
