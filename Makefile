@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check contracts distributed format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,12 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+contracts: $(STAMP)
+	$(BIN)/python -W ignore -m tests.contracts.run
+
+distributed: $(STAMP)
+	$(BIN)/python -m pytest -m distributed tests/distributed
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -52,31 +52,52 @@ from swissarmy.generation.text import Generation, generate, generate_with_logpro
 from swissarmy.interop.load import AutoModel, load
 from swissarmy.interop.peft import load_adapter
 from swissarmy.interop.tokenizer import load_tokenizer
+from swissarmy.mixins.adapter import AdapterConfig, AdapterMixin
+from swissarmy.mixins.adapter_fusion import AdapterFusionMixin, fuse_adapters
 from swissarmy.mixins.alibi import ALiBiMixin
+from swissarmy.mixins.bitfit import BitFitConfig, BitFitMixin
 from swissarmy.mixins.cache import CachedAutoRegressiveMixin, CachedAutoregressiveMixin
+from swissarmy.mixins.compacter import CompacterConfig, CompacterMixin
 from swissarmy.mixins.embedding_scale import EmbeddingScaleMixin
+from swissarmy.mixins.ffadd import FFADDConfig, FFADDMixin
 from swissarmy.mixins.heads import ClassificationHeadMixin, LMHeadMixin, MLMHeadMixin, NoHeadMixin, PoolerMixin
 from swissarmy.mixins.hidden_states import HiddenStatesMixin
+from swissarmy.mixins.ia3 import IA3Config, IA3Mixin
+from swissarmy.mixins.layer_scaling import LayerScalingConfig, LayerScalingMixin
 from swissarmy.mixins.learned_positions import LearnedPositionsMixin
 from swissarmy.mixins.lora import LoRAConfig, LoRAMixin
 from swissarmy.mixins.lora_bank import BankConfig, LoRABankMixin, bundle_adapters
 from swissarmy.mixins.mixture_of_experts import MixtureOfExpertsMixin
+from swissarmy.mixins.mlp_head import MLPHeadMixin
+from swissarmy.mixins.p_tuning import PTuningMixin
 from swissarmy.mixins.patch_embedding import InterpolatedPositionsMixin, PatchEmbeddingMixin
 from swissarmy.mixins.prefix_tuning import PrefixTuningMixin
+from swissarmy.mixins.prompt_tuning import PromptTuningMixin
 from swissarmy.mixins.qk_norm import QKNormMixin
 from swissarmy.mixins.reduced_weights import ReducedWeightsMixin
+from swissarmy.mixins.reft import LoReFTConfig, LoReFTMixin
 from swissarmy.mixins.relative_position_bias import RelativePositionBiasMixin
 from swissarmy.mixins.rotary import RotaryMixin
 from swissarmy.mixins.sliding_window import SlidingWindowMixin
 from swissarmy.mixins.softcap import AttentionSoftcapMixin, LogitSoftcapMixin
 from swissarmy.mixins.token_types import TokenTypesMixin
+from swissarmy.mixins.vera import VeRAConfig, VeRAMixin
+from swissarmy.models._distillation import DistillationModel, DistillationOutput
 from swissarmy.models._family import list_models
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Causal, Dense, Documents, Full, Mask, Padding, PrefixLM, SlidingWindow
 from swissarmy.nn.rotary import RopeParameters
+from swissarmy.training.callbacks.base import Callback, Run
+from swissarmy.training.config import TrainConfig
+from swissarmy.training.spikes import TrainingError
+from swissarmy.training.steps.distillation import distillation_step
+from swissarmy.training.train import TrainResult, train
 
 __all__ = [
     "ALiBiMixin",
+    "AdapterConfig",
+    "AdapterFusionMixin",
+    "AdapterMixin",
     "AttentionSoftcapMixin",
     "AutoModel",
     "BankConfig",
@@ -84,14 +105,19 @@ __all__ = [
     "BaseModel",
     "BeamSearchStrategy",
     "BinaryDataset",
+    "BitFitConfig",
+    "BitFitMixin",
     "Blend",
     "CachedAutoRegressiveMixin",
     "CachedAutoregressiveMixin",
+    "Callback",
     "Causal",
     "ChatEncoder",
     "CheckpointError",
     "ClassificationEncoder",
     "ClassificationHeadMixin",
+    "CompacterConfig",
+    "CompacterMixin",
     "CompletionEncoder",
     "CompositeModel",
     "ConfigError",
@@ -100,10 +126,14 @@ __all__ = [
     "DataConfig",
     "DataError",
     "Dense",
+    "DistillationModel",
+    "DistillationOutput",
     "Documents",
     "EmbeddingScaleMixin",
     "EncoderDecoderModel",
     "Examples",
+    "FFADDConfig",
+    "FFADDMixin",
     "FingerprintError",
     "Full",
     "Generation",
@@ -114,25 +144,33 @@ __all__ = [
     "HookConflictError",
     "HookContext",
     "HookDefinitionError",
+    "IA3Config",
+    "IA3Mixin",
     "ImageEncoder",
     "InterpolatedPositionsMixin",
     "IterativeEntropyFilterStrategy",
     "KVCache",
     "LMHeadMixin",
+    "LayerScalingConfig",
+    "LayerScalingMixin",
     "LearnedPositionsMixin",
     "LoRABankMixin",
     "LoRAConfig",
     "LoRAMixin",
+    "LoReFTConfig",
+    "LoReFTMixin",
     "Loader",
     "LoaderError",
     "Loaders",
     "LogitSoftcapMixin",
     "MLMHeadMixin",
+    "MLPHeadMixin",
     "Mask",
     "MergeableMixin",
     "MissingExtraError",
     "MixtureOfExpertsMixin",
     "NoHeadMixin",
+    "PTuningMixin",
     "Packed",
     "Padding",
     "PatchEmbeddingMixin",
@@ -141,12 +179,14 @@ __all__ = [
     "PrefixLM",
     "PrefixTuningMixin",
     "PromptLookupStrategy",
+    "PromptTuningMixin",
     "QKNormMixin",
     "RecordError",
     "ReducedWeightsMixin",
     "RelativePositionBiasMixin",
     "RopeParameters",
     "RotaryMixin",
+    "Run",
     "SamplingStrategy",
     "Seq2SeqEncoder",
     "SlidingWindow",
@@ -162,16 +202,23 @@ __all__ = [
     "TokenTypesMixin",
     "TokenizerError",
     "TokensEncoder",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
     "TransformerConfig",
+    "VeRAConfig",
+    "VeRAMixin",
     "Wrapped",
     "as_source",
     "build_loaders",
     "bundle_adapters",
     "create_dataset",
+    "distillation_step",
     "evaluate_perplexity",
     "fill_sequence",
     "fill_sequence_in_parallel",
     "filling_sequence",
+    "fuse_adapters",
     "generate",
     "generate_with_logprobs",
     "gnmt_length_penalty",
@@ -188,6 +235,7 @@ __all__ = [
     "regex_constraint",
     "replaceable",
     "stream",
+    "train",
     "unmerge_mixin",
     "write_tokens",
 ]

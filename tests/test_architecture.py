@@ -35,6 +35,7 @@ TransformerConfig BaseModel load AutoModel load_tokenizer list_models PrefixTuni
 BaseMixin non_conflict replaceable GreedyStrategy SamplingStrategy HookContext CachedAutoRegressiveMixin KVCache
 Mask Full Causal SlidingWindow PrefixLM Padding Documents Dense
 BeamSearchStrategy evaluate_perplexity Perplexity filling_sequence CachedAutoregressiveMixin
+train TrainConfig
 """.split()
 """The names of the contract that exist; a name is added here when it comes, and never taken away."""
 FROZEN_METHODS = """
@@ -89,7 +90,7 @@ def test_every_folder_is_a_package_with_a_place_in_the_order() -> None:
 def test_importing_starts_no_thread_and_changes_no_state_of_the_process() -> None:
     code = """
 import json, locale, logging, os, random, signal, sys, threading, warnings
-import numpy, torch, huggingface_hub
+import numpy, torch, torch.distributed.tensor, huggingface_hub
 
 def state():
     return {

@@ -66,10 +66,10 @@ class CompositeModel(Model):
         """Every hook of every part, and the chain of mixins that answers it."""
         return "\n\n".join(f"[{name}] {self.part(name).explain()}" for name in self.parts)
 
-    def enable_activation_checkpointing(self, every: int = 1) -> Self:
+    def enable_activation_checkpointing(self, every: int = 1, *, selective: bool = False) -> Self:
         """Recompute every n-th layer of each part in the backward pass; 0 turns it off."""
         for name in self.parts:
-            self.part(name).enable_activation_checkpointing(every)
+            self.part(name).enable_activation_checkpointing(every, selective=selective)
         return self
 
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:

@@ -12,7 +12,7 @@ from swissarmy.backbone.composite import CompositeModel
 from swissarmy.backbone.model import NATURAL, BaseModel
 from swissarmy.core.errors import HookCallError, HookDefinitionError
 from swissarmy.nn.kv_cache import KVCache
-from swissarmy.nn.masks import Full, Padding
+from swissarmy.nn.masks import Full, Mask, Padding
 
 
 class EncoderDecoderModel(CompositeModel):
@@ -55,6 +55,8 @@ class EncoderDecoderModel(CompositeModel):
         decoder_attention_mask: Any = NATURAL,
         decoder_position_ids: Tensor | None = None,
         mems: KVCache | None = None,
+        logits_to_keep: int | None = None,
+        targets: Tensor | None = None,
         **kw_args: Any,
     ) -> tuple[Any, ...]:
         """Read the source, then run the decoder.
@@ -70,6 +72,8 @@ class EncoderDecoderModel(CompositeModel):
             decoder_attention_mask: The decoder's mask.
             decoder_position_ids: The target's positions.
             mems: A key-value cache for the decoder.
+            logits_to_keep: For the decoder, as for `BaseModel`.
+            targets: What each position of the target should predict, `[b, s]`, as for `BaseModel`.
             **kw_args: Given to each part that accepts them.
         """
         if decoder_input_ids is None and input_ids is not None and self.start_token_id is not None:
@@ -87,6 +91,8 @@ class EncoderDecoderModel(CompositeModel):
             decoder_attention_mask,
             padding_mask=decoder_padding_mask,
             mems=mems,
+            logits_to_keep=logits_to_keep,
+            targets=targets,
             **{**self._source(input_ids, encoder_outputs, padding_mask), **routed["decoder"]},
         )
         return result
@@ -109,6 +115,9 @@ class EncoderDecoderModel(CompositeModel):
 
     def _source(self, input_ids: Tensor | None, encoder_outputs: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
         """What the decoder is told of the source; its token ids only if some hook of the decoder reads them."""
-        mask = Full() if padding_mask is None else Padding(padding_mask)
+        mask: Mask = Full()
+        if padding_mask is not None:
+            prompt_len = encoder_outputs.shape[1] - padding_mask.shape[1]
+            mask = Padding(F.pad(padding_mask, (prompt_len, 0), value=1) if prompt_len > 0 else padding_mask)
         source = {"encoder_outputs": encoder_outputs, "cross_attention_mask": mask}
         return source | {"source_ids": input_ids} if "source_ids" in self.part("decoder").accepted else source

@@ -4,15 +4,15 @@ In float32 (float64 weights in float64), and exact to the rounding of the weight
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.backbone.projections import Projection, plain_models, projections_of
 from swissarmy.core.errors import HookConflictError, HookDefinitionError, nearest
-from swissarmy.core.hooks import answers
+from swissarmy.core.hooks import HOOKS, answers, mark_of
 from swissarmy.core.mixin import BaseMixin
 
 
@@ -26,6 +26,16 @@ class MergeableMixin(BaseMixin, ABC):
     @abstractmethod
     def unmerged(self, projection: Projection) -> Tensor | None:
         """The weight before `merged`, from the one after it."""
+
+    def merged_bias(self, projection: Projection) -> Tensor | None:
+        """The bias `[out]` that goes with `merged`, or `None` where it stays as it is."""
+        del projection
+        return None
+
+    def unmerged_bias(self, projection: Projection) -> Tensor | None:
+        """The bias before `merged_bias`, from the one after it."""
+        del projection
+        return None
 
     @property
     @abstractmethod
@@ -56,13 +66,14 @@ def merge_mixin(model: Model, name: str) -> BaseMixin | dict[str, BaseMixin]:
     mixins = {key: (part, _mergeable(name, part.get_mixin(name))) for key, part in parts.items() if name in part.mixins}
     for part, mixin in mixins.values():
         _check_commutes(part, name, mixin)
-    if not any(_changes(part, mixin) for part, mixin in mixins.values()):
+    changed = [_changes(part, mixin) for part, mixin in mixins.values()]
+    if not any(changed):
         raise HookDefinitionError(
             f"merging '{name}' would change no weight: it is untrained, or too small for {model.dtype}."
         )
     for part, mixin in mixins.values():
-        for projection, weight in _weights(part, mixin.merged):
-            _write(projection, weight)
+        for parameter, value in _merged(part, mixin):
+            _write(parameter, value)
         part.del_mixin(name)
     removed: dict[str, BaseMixin] = {key: mixin for key, (_, mixin) in mixins.items()}
     return removed if model.parts else removed[""]
@@ -87,11 +98,11 @@ def unmerge_mixin(model: Model, name: str, mixin: BaseMixin | Mapping[str, BaseM
     mixins = {key: (parts[key], _mergeable(name, each)) for key, each in given.items()}
     for part, each in mixins.values():
         _check_commutes(part, name, each)
-        for _ in _weights(part, each.unmerged):  # what cannot be brought back says so before anything is written
+        for _ in _unmerged(part, each):  # what cannot be brought back says so before anything is written
             pass
     for part, each in mixins.values():
-        for projection, weight in _weights(part, each.unmerged):
-            _write(projection, weight)
+        for parameter, value in _unmerged(part, each):
+            _write(parameter, value)
     model.add_mixin(name, mixin)
 
 
@@ -106,7 +117,7 @@ def _mergeable(name: str, mixin: BaseMixin) -> MergeableMixin:
 def _check_commutes(model: BaseModel, name: str, mixin: MergeableMixin) -> None:
     """Refuse to merge beside a mixin whose effect on the same projections would become another one."""
     for other_name, other in model.mixins.items():
-        if other is mixin or not answers(other, "linear_forward"):
+        if other is mixin or not _meets(other, mixin, is_family=_is_familys(model, other_name)):
             continue
         if not (isinstance(other, MergeableMixin) and other.is_additive and mixin.is_additive):
             raise HookConflictError(
@@ -115,20 +126,48 @@ def _check_commutes(model: BaseModel, name: str, mixin: MergeableMixin) -> None:
             )
 
 
-def _weights(model: BaseModel, make: Callable[[Projection], Tensor | None]) -> Iterator[tuple[Projection, Tensor]]:
-    """Each projection that a mixin changes, and what `make` gives for it, one at a time."""
+def _meets(other: nn.Module, mixin: MergeableMixin, *, is_family: bool) -> bool:
+    """Whether another mixin takes part in projections, or wraps a hook that this one wraps too."""
+    shared = [hook for hook in HOOKS if answers(mixin, hook) and answers(other, hook)]
+    wrapped = [hook for hook in shared if mark_of(getattr(other, hook)).kind == "non_conflict"]
+    return answers(other, "linear_forward") or (bool(wrapped) and not is_family)
+
+
+def _is_familys(model: BaseModel, name: str) -> bool:
+    """Whether a mixin is one that the family's models are made of: these do not change what sublayers give."""
+    return model.source is not None and f"mixins.{name}" in model.source.own_mixins
+
+
+def _merged(model: BaseModel, mixin: MergeableMixin) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that a mixin changes, and its value with the change in it, one at a time."""
     for projection in projections_of(model):
         with torch.no_grad():
-            weight = make(projection)
-        if weight is not None:
-            yield projection, weight.to(projection.linear.weight.dtype)
+            weight, bias = mixin.merged(projection), mixin.merged_bias(projection)
+        yield from _with_values(projection, weight, bias)
+
+
+def _unmerged(model: BaseModel, mixin: MergeableMixin) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that a mixin changed, and its value before."""
+    for projection in projections_of(model):
+        with torch.no_grad():
+            weight, bias = mixin.unmerged(projection), mixin.unmerged_bias(projection)
+        yield from _with_values(projection, weight, bias)
+
+
+def _with_values(projection: Projection, weight: Tensor | None, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    if bias is not None and projection.linear.bias is None:
+        raise HookDefinitionError(f"'{projection.module}' has no bias that could take the change: keep the mixin.")
+    for parameter, value in ((projection.linear.weight, weight), (projection.linear.bias, bias)):
+        if value is not None:
+            yield parameter, value.to(parameter.dtype)
 
 
 def _changes(model: BaseModel, mixin: MergeableMixin) -> bool:
-    """Whether any weight would be another one, in its own precision."""
-    return any(not torch.equal(weight, each.linear.weight) for each, weight in _weights(model, mixin.merged))
+    """Whether any parameter would be another one, in its own precision. All are made, so that none fails later."""
+    changed = [not torch.equal(value, parameter) for parameter, value in _merged(model, mixin)]
+    return any(changed)
 
 
-def _write(projection: Projection, weight: Tensor) -> None:
+def _write(parameter: Tensor, value: Tensor) -> None:
     with torch.no_grad():
-        projection.linear.weight.copy_(weight)
+        parameter.copy_(value)

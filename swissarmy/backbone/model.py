@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.defaults import DEFAULTS
 from swissarmy.backbone.explain import explain_hooks
-from swissarmy.backbone.parameters import TrainableSummary, freeze_except, trainable_summary
+from swissarmy.backbone.inputs import check_inputs
+from swissarmy.backbone.parameters import TrainableSummary, freeze, freeze_except, trainable_summary
 from swissarmy.backbone.transformer import Transformer
 from swissarmy.core.compose import accepted_keywords, resolve
 from swissarmy.core.errors import HookCallError, HookConflictError, HookDefinitionError, nearest
@@ -22,6 +24,7 @@ from swissarmy.core.hooks import HookTable, check_hook_methods
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Causal, Full, Mask, Padding, as_mask
+from swissarmy.nn.token_losses import token_losses
 
 
 class Natural(Enum):
@@ -33,7 +36,7 @@ class Natural(Enum):
 NATURAL: Final = Natural.MASK
 
 
-OWN_KEYWORDS = ("input_ids", "position_ids", "attention_mask", "padding_mask", "mems", "logits_to_keep")
+OWN_KEYWORDS = ("input_ids", "position_ids", "attention_mask", "padding_mask", "mems", "logits_to_keep", "targets")
 """What every call accepts, beside the keywords of the hooks."""
 
 
@@ -65,8 +68,13 @@ class Model(nn.Module, ABC):
         """Every hook, and the chain of mixins that answers it, from the outside in."""
 
     @abstractmethod
-    def enable_activation_checkpointing(self, every: int = 1) -> Self:
-        """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 turns it off."""
+    def enable_activation_checkpointing(self, every: int = 1, *, selective: bool = False) -> Self:
+        """Recompute layers in the backward pass instead of keeping their activations.
+
+        Args:
+            every: Every n-th layer; 0 turns it off.
+            selective: Keep the results of products and of attention, and recompute only what is cheap.
+        """
 
     @abstractmethod
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
@@ -92,8 +100,13 @@ class Model(nn.Module, ABC):
         return next((each for each in self.parameters() if not each.is_meta), next(self.parameters()))
 
     def freeze_except(self, *patterns: str) -> Self:
-        """Train only the parameters whose names match (`"mixins.lora"`, `"*.layers.11.*"`); freeze all others."""
+        """Train only the parameters whose names match (`"mixins.lora"`, `"layers.{8..11}"`); freeze all others."""
         freeze_except(self, patterns)
+        return self
+
+    def freeze(self, *patterns: str) -> Self:
+        """Freeze the parameters whose names match (`"word_embeddings"`, `"layers.{0..7}"`), and no others."""
+        freeze(self, patterns)
         return self
 
     def trainable_summary(self) -> TrainableSummary:
@@ -111,11 +124,13 @@ class Model(nn.Module, ABC):
         save_pretrained(self, Path(folder))
 
     def save_adapter(self, folder: str | Path, name: str | None = None) -> None:
-        """Write a `LoRAMixin` of this model as PEFT does; `sat.load_adapter` and `peft` read it.
+        """Write a mixin of this model as PEFT does; `sat.load_adapter` and `peft` read it.
+
+        LoRA, IA3, VeRA, BitFit (PEFT's BEFT), prefix-tuning, prompt tuning and P-tuning.
 
         Args:
             folder: A new folder.
-            name: The mixin; may be left out where there is one only.
+            name: The mixin; may be left out where there is one only that PEFT has.
 
         Raises:
             CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
@@ -139,7 +154,7 @@ class BaseModel(Model):
         self.transformer = Transformer(config)
         self.mixins = nn.ModuleDict()
         self.parts = nn.ModuleDict()
-        self.checkpoint_every = 0
+        self.checkpoint_every, self.checkpoint_selective = 0, False
         self._resolve()
         for name, mixin in (mixins or {}).items():
             self.add_mixin(name, mixin)
@@ -158,6 +173,7 @@ class BaseModel(Model):
         padding_mask: Tensor | None = None,
         mems: KVCache | None = None,
         logits_to_keep: int | None = None,
+        targets: Tensor | None = None,
         **kw_args: Any,
     ) -> tuple[Any, ...]:
         """Run the model.
@@ -170,14 +186,18 @@ class BaseModel(Model):
             padding_mask: `[b, k]`, 1 = a real token; combined with the attention mask.
             mems: A key-value cache that a `CachedAutoRegressiveMixin` reads and extends.
             logits_to_keep: Run the head on so many last positions only; on all when omitted.
+            targets: The token that each position should predict, `[b, s]`, -100 for none: the model then gives
+                `TokenLosses` in place of logits, which are never there all at once.
             **kw_args: Whatever the hooks of the model accept.
 
         Returns:
-            What `final_forward` gives (logits `[b, s, vocab]`), then for each layer the dict that its hooks wrote.
+            What `final_forward` gives (logits `[b, s, vocab]`), or `TokenLosses` of the `targets`; then for each layer
+            the dict that its hooks wrote.
         """
         self._check_keywords(kw_args)
-        _check_inputs(input_ids, mems, logits_to_keep, self.config)
+        check_inputs(input_ids, mems, logits_to_keep, self.config)
         call = {**kw_args, "input_ids": input_ids, "padding_mask": padding_mask, "mems": mems}
+        call["positions_before"] = self.positions_before
         if self.config.cross_attention:
             call["cross_attention_mask"] = as_mask(call.get("cross_attention_mask"))
         remembered = 0 if mems is None else len(mems)
@@ -187,11 +207,22 @@ class BaseModel(Model):
             self.hooks,
             call,
             checkpoint_every=self.checkpoint_every,
+            checkpoint_selective=self.checkpoint_selective,
         )
         if mems is not None and len(mems) == remembered:
             raise HookCallError("mems was given and no mixin wrote to it: add sat.CachedAutoRegressiveMixin().")
         kept = result.hidden_states if logits_to_keep is None else result.hidden_states[:, -logits_to_keep:]
-        return self.hooks.final_forward(kept, **result.kw_args), *result.outputs_per_layers
+        head = partial(self.hooks.final_forward, **result.kw_args)
+        if targets is None:
+            return head(kept), *result.outputs_per_layers
+        vocabulary = max(self.config.vocab_size, 1)
+        losses = token_losses(kept, targets, head, vocabulary=vocabulary, weight=self._head_weight())
+        return losses, *result.outputs_per_layers
+
+    def _head_weight(self) -> Tensor | None:
+        """The weight of a head that is a product and nothing else; `None` where mixins have a part in it."""
+        head = self.transformer.lm_head or self.transformer.word_embeddings
+        return head.weight if head is not None and self.hooks.final_forward is DEFAULTS.final_forward else None
 
     def add_mixin(self, name: str, mixin: BaseMixin, part: str | None = None) -> Self:
         """Add a mixin; its parameters become `mixins.<name>.*` and move to the model's device and precision.
@@ -235,11 +266,11 @@ class BaseModel(Model):
         """Every hook, and the chain of mixins that answers it, from the outside in."""
         return explain_hooks(self._answerers(), title=f"{type(self).__name__}: {self.config.num_layers} layers")
 
-    def enable_activation_checkpointing(self, every: int = 1) -> Self:
+    def enable_activation_checkpointing(self, every: int = 1, *, selective: bool = False) -> Self:
         """Recompute every n-th layer in the backward pass instead of keeping its activations; 0 turns it off."""
         if every < 0:
             raise HookCallError(f"every={every} must be 0 (off) or the distance between recomputed layers.")
-        self.checkpoint_every = every
+        self.checkpoint_every, self.checkpoint_selective = every, selective
         return self
 
     def compile(self, *, dynamic: bool | None = True, **options: Any) -> None:
@@ -314,6 +345,7 @@ class BaseModel(Model):
         """Rebuild the immutable table that forward passes read."""
         self.hooks = hooks or resolve(self._answerers(), DEFAULTS)
         self.accepted = accepted_keywords(self._answerers(), DEFAULTS)
+        self.positions_before = sum(self.get_mixin(name).positions_before for name in self.mixins)
         if self.config.cross_attention:
             self.accepted |= {"encoder_outputs", "cross_attention_mask"}
 
@@ -340,24 +372,6 @@ def check_is_mixin(name: str, mixin: object) -> None:
         )
     if not isinstance(mixin, BaseMixin):
         raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
-
-
-def _check_inputs(
-    input_ids: Tensor | None, mems: KVCache | None, logits_to_keep: int | None, config: TransformerConfig
-) -> None:
-    """What can be said of a call from types and shapes alone."""
-    if input_ids is not None:
-        if not isinstance(input_ids, Tensor):
-            raise HookCallError(f"input_ids is a {type(input_ids).__name__}; it is a tensor [b, s] of token ids.")
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise HookCallError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; it is [b, s], of token ids.")
-    if mems is not None and not (isinstance(mems, KVCache) and mems.num_layers == config.num_layers):
-        have = f"a cache of {mems.num_layers} layers" if isinstance(mems, KVCache) else f"a {type(mems).__name__}"
-        raise HookCallError(
-            f"mems is {have}; this model needs sat.KVCache({config.num_layers}), or KVCache.from_mems(tensor, ...)."
-        )
-    if logits_to_keep is not None and logits_to_keep < 1:
-        raise HookCallError(f"logits_to_keep={logits_to_keep} must be at least 1; leave it out to keep all.")
 
 
 def iterate_models(model: Model) -> Iterator[tuple[str, BaseModel]]:

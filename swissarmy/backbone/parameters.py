@@ -1,6 +1,12 @@
-"""Which parameters train: freezing by name, and a summary to look at."""
+"""Which parameters train: freezing by name, and a summary to look at.
+
+A pattern matches a whole name or a dotted start of it, with `*`, `{8..11}` for each of these numbers and `{a,b}` for
+either. `transformer.` may be left out: `layers.{0..3}` are the backbone's layers, `word_embeddings` its embedding. In a
+model of parts, a pattern without `parts.` holds in every part.
+"""
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -29,28 +35,62 @@ class TrainableSummary:
 
 
 def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Leave `requires_grad` only where a name matches; a pattern matches a whole name or a dotted start of it.
+    """Leave `requires_grad` only where a name matches.
 
     A parameter that several modules share trains if any of its names matches.
 
     Raises:
         ConfigError: A pattern that matches no parameter; nothing was changed.
     """
-    named = list(model.named_parameters(remove_duplicate=False))
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name, _ in named):
-            prefixes = {name.rsplit(".", depth)[0] for name, _ in named for depth in range(name.count(".") + 1)}
-            raise ConfigError(f"'{pattern}' matches no parameter.{nearest(pattern, prefixes)}")
-    trained = {id(parameter) for name, parameter in named if any(matches(name, pattern) for pattern in patterns)}
+    trained = _matching(model, patterns)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take `requires_grad` away where a name matches, a shared parameter's any name; all others stay as they are.
+
+    Raises:
+        ConfigError: A pattern that matches no parameter; nothing was changed.
+    """
+    frozen = _matching(model, patterns)
+    for parameter in model.parameters():
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
 
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a parameter's name, or a dotted start of it, matches a pattern with `*`; inside a part as well."""
     if name.startswith("parts.") and matches(name.split(".", 2)[2], pattern):
         return True
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    names = {name, name.removeprefix("transformer.")}
+    return any(fnmatch.fnmatchcase(each, end) for each in names for end in (pattern, f"{pattern}.*"))
+
+
+def expanded(pattern: str) -> list[str]:
+    """The patterns that one with `{8..11}` or `{a,b}` stands for."""
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if braces is None:
+        return [pattern]
+    first, last, names = braces.groups()
+    choices = names.split(",") if names is not None else map(str, range(int(first), int(last) + 1))
+    return [each for choice in choices for each in expanded(pattern.replace(braces[0], choice, 1))]
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """The ids of the parameters that some pattern matches."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    singles = {single: pattern for pattern in patterns for single in expanded(pattern)}
+    for pattern in patterns:
+        if not expanded(pattern):
+            raise ConfigError(f"'{pattern}' is a range of nothing: the first number comes first.")
+    for single, pattern in singles.items():
+        if not any(matches(name, single) for name, _ in named):
+            names = {each for name, _ in named for each in (name, name.removeprefix("transformer."))}
+            prefixes = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+            origin = "" if single == pattern else f", of '{pattern}',"
+            raise ConfigError(f"'{single}'{origin} matches no parameter.{nearest(single, prefixes)}")
+    return {id(parameter) for name, parameter in named if any(matches(name, single) for single in singles)}
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:

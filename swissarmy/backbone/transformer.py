@@ -4,10 +4,10 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.layer import TransformerLayer
+from swissarmy.backbone.recomputation import recomputed
 from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import RESERVED, HookTable
 from swissarmy.core.outputs import Outputs, clash
@@ -66,6 +66,7 @@ class Transformer(nn.Module):
         kw_args: dict[str, Any],
         *,
         checkpoint_every: int = 0,
+        checkpoint_selective: bool = False,
     ) -> StackResult:
         """Embed, run every layer, normalise.
 
@@ -75,6 +76,7 @@ class Transformer(nn.Module):
             hooks: The resolved hooks of the model that calls.
             kw_args: What every hook is given: `input_ids`, `padding_mask`, `mems`, and the caller's keywords.
             checkpoint_every: Recompute every n-th layer in the backward pass instead of keeping it; 0 for none.
+            checkpoint_selective: Keep the results of products and attention, and recompute the rest.
         """
         kw_args = {**kw_args, "transformer": self, "hooks": hooks}
         hidden_states, for_all_layers = self._embed(position_ids, hooks, kw_args)
@@ -83,8 +85,8 @@ class Transformer(nn.Module):
         recompute = checkpoint_every > 0 and kw_args["mems"] is None and torch.is_grad_enabled()
         for layer_id, layer in enumerate(self.layers):
             if recompute and layer_id % checkpoint_every == 0:
-                hidden_states, this_layer, cross_layer = checkpoint(
-                    layer, hidden_states, mask, hooks, layer_kw_args, use_reentrant=False
+                hidden_states, this_layer, cross_layer = recomputed(
+                    layer, hidden_states, mask, hooks, layer_kw_args, selective=checkpoint_selective
                 )
             else:
                 hidden_states, this_layer, cross_layer = layer(hidden_states, mask, hooks, layer_kw_args)
@@ -101,7 +103,8 @@ class Transformer(nn.Module):
         input_ids = context.pop("input_ids")
         hidden_states: Tensor = hooks.word_embedding_forward(input_ids, **context)
         position_ids = _count(hidden_states, kw_args["mems"]) if given is None else given
-        positions = hooks.position_embedding_forward(position_ids, input_ids=input_ids, **context)
+        counted = position_ids + kw_args["positions_before"] if kw_args["positions_before"] else position_ids
+        positions = hooks.position_embedding_forward(counted, input_ids=input_ids, **context)
         kw_args["position_ids"] = position_ids
         if positions is not None:
             if positions.shape[0] not in (1, len(hidden_states)) or positions.shape[1] != hidden_states.shape[1]:

@@ -31,7 +31,7 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> Options:
     arguments = _spread(arguments, command.repeatable)
     for flag in {argument.split("=")[0] for argument in arguments}.intersection(command.repeatable):
         values.pop(flag.removeprefix("--").replace("-", "_"), None)  # the flag parser would add to it
-    return parse_over(command.options, values, arguments, prog=f"sat {name}", description=_description(command))
+    return parse_over(command.options_class, values, arguments, prog=f"sat {name}", description=_description(command))
 
 
 def parse_over(
@@ -59,7 +59,8 @@ def _with_defaults(cls: type[Any], values: Mapping[str, Any]) -> type[Any]:
             continue
         value, inner = values[field.name], inner_dataclass(typing.get_type_hints(cls)[field.name])
         if inner is None or not isinstance(value, dict):
-            changed.append((field.name, hints[field.name], dataclasses.field(default=value)))
+            default = _factory(value) if isinstance(value, dict) else dataclasses.field(default=value)
+            changed.append((field.name, hints[field.name], default))
         elif default_of(field) is None and any(is_required(f) and f.name not in value for f in _fields(inner)):
             changed.append((field.name, _with_defaults(inner, value)))
         else:
@@ -88,7 +89,7 @@ def _restore(cls: type[T], instance: Any) -> T:
 
 def _config_values(path: Path, command: Command) -> dict[str, Any]:
     other = command.other_config(path) if command.other_config is not None else None
-    return dict(other) if other is not None else read_values(path, command.options, without=OF_THE_COMMAND_LINE)
+    return dict(other) if other is not None else read_values(path, command.options_class, without=OF_THE_COMMAND_LINE)
 
 
 def _config_flag(arguments: Sequence[str]) -> Path | None:

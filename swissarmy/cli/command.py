@@ -1,5 +1,6 @@
 """What a command of `sat` is. Nothing here imports torch: `sat --help` answers at once."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,15 @@ OF_THE_COMMAND_LINE = ("config", "traceback")
 
 
 @final
+@dataclass(frozen=True)
+class LaterOptions:
+    """Options whose class is imported when the command runs, because its file imports torch."""
+
+    module: str
+    name: str
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """One command: its file ends with `COMMAND = Command(...)`."""
@@ -44,13 +54,21 @@ class Command:
     """One line for `sat --help`."""
     examples: tuple[str, ...]
     """Command lines that work."""
-    options: type[Options]
+    options: type[Options] | LaterOptions
     repeatable: tuple[str, ...] = ()
     """Flags that may be given several times, or once with several values."""
     other_config: Callable[[Path], Mapping[str, Any] | None] | None = None
     """What a file given with `--config` sets where it is of another kind and holds no flags; `None` where it does."""
     run: Callable[[Any], int]
     """Given an instance of `options`, does the work and returns the exit code; imports torch, if at all, in here."""
+
+    @property
+    def options_class(self) -> type[Options]:
+        """The class of `options`."""
+        if not isinstance(self.options, LaterOptions):
+            return self.options
+        found: type[Options] = getattr(importlib.import_module(self.options.module), self.options.name)
+        return found
 
 
 @final

@@ -14,10 +14,10 @@ from swissarmy.cli.arguments import parse
 from swissarmy.cli.command import DONE, FAILED, INTERRUPTED, USAGE, Command, CommandGroup, UsageError
 from swissarmy.core.errors import SwissArmyError, nearest
 
-COMMANDS = ("models", "info", "generate", "chat", "eval", "merge", "migrate", "convert", "data")
+COMMANDS = ("models", "info", "train", "generate", "chat", "eval", "merge", "migrate", "convert", "data", "plot")
 """Each is a file of this folder."""
 
-PROMISE = "sat: load any supported Transformer checkpoint, look inside it, and generate with it."
+PROMISE = "sat: load any supported Transformer checkpoint, look inside it, train it, and generate with it."
 CLOSING = "`sat COMMAND --help` lists its flags; `--config run.yaml` reads them from a file."
 
 

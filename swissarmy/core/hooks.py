@@ -39,6 +39,8 @@ class HookContext(TypedDict, total=False):
     """`[b or 1, s]`, the position of each token."""
     given_position_ids: Tensor | None
     """In the embedding hooks: what the caller gave as `position_ids`, if anything."""
+    positions_before: int
+    """How many positions mixins take before a row's first token; in `position_embedding_forward` they are counted."""
     mems: Any
     """The key-value cache of this call, or `None`."""
     output_this_layer: Any

@@ -1,7 +1,7 @@
 """`BaseMixin`: what a mixin is, apart from what it does."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import nn
 
@@ -17,6 +17,14 @@ class MixinHost(Protocol):
     """The models that this model is made of, by name; empty for a plain one."""
 
 
+class SharedDim(NamedTuple):
+    """A dimension of a parameter that tensor-parallel processes may share, and what it counts."""
+
+    dim: int
+    of: Literal["heads", "width", "vocabulary"]
+    """Heads (of queries, or of keys and values), the width inside the MLP, or tokens."""
+
+
 class BaseMixin(nn.Module):
     """A change to a Transformer: some of the ten hooks, and the parameters they need.
 
@@ -26,6 +34,10 @@ class BaseMixin(nn.Module):
 
     accepts: ClassVar[tuple[str, ...]] = ()
     """Keywords of the model's call that this mixin reads from `kw_args` without naming them in a signature."""
+
+    shared_dims: ClassVar[Mapping[str, SharedDim]] = {}
+    """Parameters by pattern (`"layers.*.key"`), and the dimension that tensor-parallel processes share; any other
+    parameter is whole on each of them. It saves memory, and changes no result."""
 
     keeps_outputs: ClassVar[bool] = False
     """Whether the model computes the same with and without it, as with a cache; such a mixin need not be saved."""
@@ -39,6 +51,14 @@ class BaseMixin(nn.Module):
     @property
     def first_position(self) -> int:
         """The position of a row's first token, as this mixin wants `position_ids` to count."""
+        return 0
+
+    @property
+    def positions_before(self) -> int:
+        """How many positions this mixin takes before a row's first token, as a prompt does.
+
+        Callers need not know: so much is added to `position_ids` before they reach `position_embedding_forward`.
+        """
         return 0
 
     @property

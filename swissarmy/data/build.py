@@ -1,8 +1,10 @@
 """`build_loaders`: from a config to the loaders of a run."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any, cast, final
 
@@ -49,6 +51,7 @@ def build_loaders(
     rank: int = 0,
     world_size: int = 1,
     num_steps: int | None = None,
+    epochs: float | None = None,
     vocab_size: int | None = None,
     create_dataset: CreateDataset = create_dataset,
     encode: Encoder | None = None,
@@ -64,7 +67,9 @@ def build_loaders(
         accumulation: Micro-batches of a training step.
         rank: Which of the processes this is.
         world_size: How many processes there are.
-        num_steps: How many steps training takes; `None`: it never ends.
+        num_steps: How many steps training takes; `None`: it never ends, or as `epochs` says.
+        epochs: How many epochs training takes, in place of `num_steps`. In an epoch each source is gone through as
+            often as its weight says, or, where weights are shares, as many samples are seen as all sources have.
         vocab_size: How many ids the model knows; those of the tokenizer when `None`.
         create_dataset: Opens a path of the config.
         encode: Makes a sample of a record, instead of the encoder that the config describes.
@@ -86,13 +91,14 @@ def build_loaders(
             return None
         made = {n: preparer.prepare(config.train_data[n], preparer.split(opened[n], "train")) for n in opened}
         order = _train_order(config, made, global_batch_size)
-        plan.extend(_uses(made, order, global_batch_size, num_steps))
+        steps = num_steps if epochs is None else math.ceil(epochs * _epoch(config, made) / global_batch_size)
+        plan.extend(_uses(made, order, global_batch_size, steps))
         return loader(
             list(made.values()),
             order,
             global_batch_size=global_batch_size,
             accumulation=accumulation,
-            num_steps=num_steps,
+            num_steps=steps,
             bucketing=_bucketing(preparer, made),
         )
 
@@ -203,14 +209,21 @@ def _is_empty(source: Any) -> bool:
     return isinstance(source, Source) and not len(source)
 
 
+def _epoch(config: DataConfig, made: dict[int, Prepared]) -> Fraction:
+    """How many samples an epoch has, with the weights that hold at the start."""
+    weights = parse_weights(next(_stages(config))[1])
+    repeats = config.train_data_weights_mean == "repeats"
+    return Fraction(sum(_known_length(each) * (weights[n] if repeats else 1) for n, each in made.items()))
+
+
 def _known_length(made: Prepared) -> int:
-    """How many samples there are to evaluate on.
+    """How many samples there are, to evaluate on or to count epochs by.
 
     Raises:
         ConfigError: It is a stream.
     """
     if made.length is None:
-        raise ConfigError(f"{made.path} is a stream; evaluation needs data of known length.")
+        raise ConfigError(f"{made.path} is a stream; evaluation and epochs need data of known length.")
     return made.length
 
 

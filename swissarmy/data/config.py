@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
 from swissarmy.core.config import Config
 from swissarmy.core.errors import ConfigError
@@ -14,7 +14,6 @@ CAUSAL_FORMATS = ("auto", "text", "completion", "chat", "tokens")
 """Formats whose samples are one sequence of tokens, which can be packed, cut and split."""
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
     """The data of a run; paths are files, folders, patterns such as `data/*.jsonl`, or `hf:owner/name` on the hub.

@@ -209,6 +209,6 @@ def _check_length(model: BaseModel, position_ids: Tensor) -> None:
         return
     mixin = model.get_mixin(name)
     assert isinstance(mixin, LearnedPositionsMixin)
-    longest, needed = mixin.table.num_embeddings, int(position_ids.max()) + 1
+    longest, needed = mixin.table.num_embeddings, model.positions_before + int(position_ids.max()) + 1
     if needed > longest:
         raise HookCallError(f"{needed} tokens, and the model has {longest} positions: shorten the input.")

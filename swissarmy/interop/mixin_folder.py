@@ -9,13 +9,15 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import swissarmy.mixins
 from swissarmy.backbone.model import BaseModel, Model, every_mixin, iterate_models
@@ -23,12 +25,14 @@ from swissarmy.core.errors import CheckpointError, SwissArmyError
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.interop.matching import allowed, assign, report
 from swissarmy.interop.safetensors_folder import SafetensorsSource
-from swissarmy.interop.safetensors_write import save_safetensors
+from swissarmy.interop.safetensors_write import LazyTensor, Saved, save_safetensors
 from swissarmy.interop.tensor_source import parse_json_object
 from swissarmy.models._family import Source
 
 FOLDER = "mixins"
 NAMES_FILE = "mixins.json"
+Whole = Callable[[str, Tensor], Tensor]
+"""From the name of a parameter or buffer, and the tensor, to the tensor to write; it gathers what is sharded."""
 
 
 @final
@@ -68,9 +72,20 @@ def added_tensors(model: Model, own_names: Collection[str]) -> dict[str, Tensor]
     return {name: tensor for name, tensor in tensors.items() if name not in own_names}
 
 
-def write_mixins(model: Model, source: Source, target: Path) -> None:
+def as_it_is(name: str, tensor: Tensor) -> Tensor:
+    """The `Whole` of tensors that are not sharded."""
+    return tensor
+
+
+def write_mixins(model: Model, source: Source, target: Path, whole: Whole = as_it_is) -> None:
     """Write the mixins that are not the family's own, if there are any worth keeping."""
-    tensors = {name: tensor.detach() for name, tensor in added_tensors(model, source.own_names).items()}
+    added = added_tensors(model, source.own_names).items()
+    tensors: dict[str, Saved] = {name: tensor.detach() for name, tensor in added}
+    tensors |= {
+        name: LazyTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, make=partial(whole, name, tensor.detach()))
+        for name, tensor in added
+        if isinstance(tensor, DTensor)
+    }
     names = {
         name: Record.of(mixin).to_json()
         for name, mixin in every_mixin(model)

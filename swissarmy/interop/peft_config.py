@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: the fields of LoRA that this library understands; any other must be empty."""
+"""`adapter_config.json` of PEFT: the fields that this library understands, by method; any other must be empty."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +12,8 @@ PASSED_OVER = frozenset(
     """
     peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode fan_in_fan_out bias
     megatron_core qalora_group_size runtime_config loftq_config eva_config corda_config lora_ga_config
+    init_ia3_weights init_weights encoder_hidden_size prefix_projection prompt_tuning_init prompt_tuning_init_text
+    tokenizer_name_or_path tokenizer_kwargs encoder_reparameterization_type encoder_num_layers encoder_dropout
     """.split()
 )
 """Fields that are read elsewhere, or that say nothing about what the tensors do."""
@@ -21,35 +23,18 @@ MAX_PATTERN, MAX_REPEATS = 500, 3
 """The longest regular expression of a file that is tried, and how many repetitions it may have: more could hang."""
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class PeftLoRAConfig(Config):
-    """The fields of a LoRA adapter, with PEFT's defaults."""
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
-    target_modules: tuple[str, ...] | str | None = None
-    """Ends of names of modules, or a regular expression of whole names, or "all-linear"."""
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[str, ...] | str | None = None
-    rank_pattern: dict[str, Any] = field(default_factory=dict)
-    alpha_pattern: dict[str, Any] = field(default_factory=dict)
+class PeftConfig(Config):
+    """The fields of an adapter of one method, with PEFT's defaults."""
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, where: str) -> Self:
         """From the content of the file.
 
         Raises:
-            CheckpointError: Another method, or a field that changes the result and is not understood.
+            CheckpointError: A field that changes the result and is not understood.
             ConfigError: A value of the wrong kind.
         """
-        if values.get("peft_type") != "LORA":
-            raise CheckpointError(f"{where}: peft_type={values.get('peft_type')!r} is not supported; 'LORA' is.")
         known = {own.name for own in fields(cls)}
         strange = {key: value for key, value in values.items() if key not in known | PASSED_OVER and value}
         if values.get("bias", "none") != "none":
@@ -57,30 +42,24 @@ class PeftLoRAConfig(Config):
         if strange:
             shown = ", ".join(f"{key}={value!r}" for key, value in strange.items())
             raise CheckpointError(f"{where}: {shown}: not supported, and it would change what the model computes.")
-        config = cls.from_dict({key: value for key, value in values.items() if key in known}, where=where)
-        if config.init_lora_weights not in NEUTRAL_STARTS:
-            raise CheckpointError(
-                f"{where}: init_lora_weights={config.init_lora_weights!r} changed the base model's weights. Let PEFT "
-                "save it as plain LoRA: save_pretrained(dir, path_initial_model_for_weight_conversion=...)."
-            )
-        return config
+        return cls.from_dict({key: value for key, value in values.items() if key in known}, where=where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftTargetsConfig(PeftConfig):
+    """The fields of a method that changes modules."""
+
+    target_modules: tuple[str, ...] | str | None = None
+    """Ends of names of modules, or a regular expression of whole names, or "all-linear"."""
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
 
     def problems(self) -> Iterator[str]:
-        """Patterns that are none, ranks that are none."""
-        ranks, alphas = [self.r, *self.rank_pattern.values()], [self.lora_alpha, *self.alpha_pattern.values()]
-        if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
-            yield "ranks are integers of at least 1"
-        if not all(isinstance(alpha, int | float) and not isinstance(alpha, bool) for alpha in alphas):
-            yield "alphas are numbers"
-        if not 0 <= self.lora_dropout < 1:
-            yield f"lora_dropout={self.lora_dropout} must be in [0, 1)"
-        whole = [pattern for pattern in (self.target_modules, self.exclude_modules) if isinstance(pattern, str)]
-        for pattern in [*whole, *self.rank_pattern, *self.alpha_pattern]:
+        """Patterns that are none."""
+        whole = (self.target_modules, self.exclude_modules)
+        for pattern in (each for each in whole if isinstance(each, str)):
             yield from _pattern_problems(pattern)
-
-    def rank_and_alpha(self, path: str) -> tuple[int, float]:
-        """The rank and the alpha of one of their modules."""
-        return _value(self.rank_pattern, path, self.r), _value(self.alpha_pattern, path, self.lora_alpha)
 
     def targets(self, path: str) -> bool:
         """Whether PEFT puts an adapter at this module, one inside a layer."""
@@ -95,6 +74,90 @@ class PeftLoRAConfig(Config):
         wanted = self.layers_to_transform
         layer = _layer_of(path, _as_tuple(self.layers_pattern))
         return layer in (wanted if isinstance(wanted, tuple) else (wanted,))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PeftLoRAConfig(PeftTargetsConfig):
+    """The fields of a LoRA adapter."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> Iterator[str]:
+        """Patterns that are none, ranks that are none, a start that changed the base model."""
+        yield from super().problems()
+        ranks, alphas = [self.r, *self.rank_pattern.values()], [self.lora_alpha, *self.alpha_pattern.values()]
+        if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+            yield "ranks are integers of at least 1"
+        if not all(isinstance(alpha, int | float) and not isinstance(alpha, bool) for alpha in alphas):
+            yield "alphas are numbers"
+        if not 0 <= self.lora_dropout < 1:
+            yield f"lora_dropout={self.lora_dropout} must be in [0, 1)"
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            yield from _pattern_problems(pattern)
+        if self.init_lora_weights not in NEUTRAL_STARTS:
+            yield (
+                f"init_lora_weights={self.init_lora_weights!r} changed the base model's weights. Let PEFT save it as "
+                "plain LoRA: save_pretrained(dir, path_initial_model_for_weight_conversion=...)."
+            )
+
+    def rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """The rank and the alpha of one of their modules."""
+        return _value(self.rank_pattern, path, self.r), _value(self.alpha_pattern, path, self.lora_alpha)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PeftIA3Config(PeftTargetsConfig):
+    """The fields of an IA3 adapter."""
+
+    feedforward_modules: tuple[str, ...] | str | None = None
+    """Those of the modules whose input is stretched in place of their output."""
+
+    def problems(self) -> Iterator[str]:
+        """Patterns that are none."""
+        yield from super().problems()
+        if isinstance(self.feedforward_modules, str):
+            yield from _pattern_problems(self.feedforward_modules)
+
+    def stretches_input(self, path: str) -> bool:
+        """Whether it is the input of a module that is stretched."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, path) is not None
+        return any(path.endswith(end) for end in self.feedforward_modules or ())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PeftVeRAConfig(PeftTargetsConfig):
+    """The fields of a VeRA adapter."""
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    """Whether A and B are in the file; otherwise they are made from the key."""
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PeftPromptConfig(PeftConfig):
+    """The fields of a trained prompt or prefix that say how the one tensor is to be read."""
+
+    num_virtual_tokens: int
+    token_dim: int
+    num_transformer_submodules: int | None = None
+    """How many prompts the tensor holds."""
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
 
 
 def _named(path: str, wanted: Sequence[str] | str) -> bool:

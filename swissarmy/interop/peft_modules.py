@@ -4,7 +4,7 @@ A rule of the map may join several of our weights into one of theirs, reorder ro
 weights it does to row numbers: sent through the rule, they tell where each of our rows is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -75,7 +75,7 @@ class PeftModule:
         rows, columns = (probe.t() if self.is_transposed else probe for probe in self._probes)
         plain = rows.dim() == 2 and bool((rows == rows[:, :1]).all())
         if not plain or not bool((columns == torch.arange(self.in_features, dtype=torch.int32)).all()):
-            raise CheckpointError(f"'{self.path}' keeps its weight in a shape for which PEFT has no LoRA.")
+            raise CheckpointError(f"'{self.path}' keeps its weight in a shape that PEFT does not adapt.")
         sizes = [place.projection.linear.out_features for place in self.places]
         return torch.split(torch.argsort(rows[:, 0]), sizes)
 
@@ -111,6 +111,13 @@ def find_module(path: str, model: Model, modules: Mapping[str, PeftModule]) -> P
     entries = {module.entry.theirs: module.entry for module in modules.values()}
     name = weight_map_of(model).canonical(f"{path}.weight", entries)
     return modules.get(name.removesuffix(".weight"))
+
+
+def compact(addresses: Collection[str], projections: Sequence[Projection]) -> tuple[str, ...]:
+    """Addresses as patterns: a name where every layer that has it is meant, else layer by layer."""
+    partial = {each.name for each in projections if each.address not in addresses}
+    chosen = [each for each in projections if each.address in addresses]
+    return tuple(dict.fromkeys(each.address if each.name in partial else f"layers.*.{each.name}" for each in chosen))
 
 
 def _places(model: Model) -> Iterator[tuple[str, Place]]:

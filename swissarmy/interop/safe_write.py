@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def write_folder(target: str | os.PathLike[str], *, overwrite: bool = False, man
     if "\0" in os.fspath(target):
         raise CheckpointError(f"{os.fspath(target)!r} is not a path: it contains a NUL")
     final_path = Path(os.path.realpath(target))
-    _check_target(final_path, overwrite=overwrite)
+    check_target(final_path, overwrite=overwrite)
     temporary = sibling(final_path, "tmp")
     try:
         with write_errors(final_path):
@@ -55,21 +55,28 @@ def write_folder(target: str | os.PathLike[str], *, overwrite: bool = False, man
 def leftovers(target: str | os.PathLike[str]) -> tuple[Path, ...]:
     """What killed saves of `target` left beside it: `.<name>.tmp-*` (incomplete), `.<name>.old-*` (replaced)."""
     path = Path(os.path.realpath(target))
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-\d+-[0-9a-f]+")
-    if not path.parent.is_dir():
+    return leftovers_in(path.parent, re.escape(path.name))
+
+
+def leftovers_in(folder: Path, name_pattern: str) -> tuple[Path, ...]:
+    """What killed saves left in `folder`, of all targets whose names the regular expression matches."""
+    pattern = re.compile(rf"\.({name_pattern})\.(tmp|old)-\d+-[0-9a-f]+")
+    if not folder.is_dir():
         return ()
-    return tuple(sorted(entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)))
+    return tuple(sorted(entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)))
 
 
-def verify_manifest(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+def verify_manifest(folder: str | os.PathLike[str], *, share: tuple[int, int] = (0, 1)) -> tuple[str, ...]:
     """Check every file that `manifest.json` lists, and give their names; files it does not list are not looked at.
+
+    With `share=(i, n)` only every n-th file from the i-th on is checked: n processes share the work.
 
     Raises:
         CheckpointError: the manifest is missing or malformed, or names the first file that is missing or differs.
     """
     root = Path(folder)
     listed = _read_manifest(root)
-    for name, (size, sha256) in listed.items():
+    for name, (size, sha256) in list(listed.items())[share[0] :: share[1]]:
         file = TensorFile(root / name)
         if file.size != size:
             raise CheckpointError(
@@ -80,11 +87,43 @@ def verify_manifest(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(listed)
 
 
+def hash_files(root: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """Size and sha256 of each file, by its name relative to `root`: what `write_manifest` takes."""
+    return {
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def write_manifest(folder: Path, listed: Mapping[str, Mapping[str, object]]) -> Path:
+    """Write the list of files, the last file that a folder gets."""
+    if MANIFEST in listed:
+        raise CheckpointError(f"{MANIFEST} is the name of the list of files; give that file another name")
+    (folder / MANIFEST).write_text(dump({"format": 1, "files": listed}))
+    return folder / MANIFEST
+
+
+def flush_files(files: Iterable[Path]) -> None:
+    """Force files, and the folders that they are in, to disk."""
+    folders = set[Path]()
+    for path in files:
+        _fsync(path)
+        folders.add(path.parent)
+    for folder in folders:
+        _fsync(folder)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a folder that is complete and on disk its name, which must not be taken."""
+    check_target(target)
+    _move(temporary, target, overwrite=False)
+
+
 def sibling(path: Path, kind: str) -> Path:
     return path.parent / f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _check_target(path: Path, *, overwrite: bool) -> None:
+def check_target(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a target that is a file, or a folder with something in it that may not be replaced."""
     if not os.path.lexists(path):
         return
     with write_errors(path):
@@ -108,20 +147,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path, *, manifest: bool) -> None:
-    """Force every file and folder to disk; with `manifest`, hash the files and write the list."""
-    listed: dict[str, dict[str, object]] = {}
+    """Force every file and folder to disk; with `manifest`, write the list of files with their hashes."""
+    if manifest:
+        write_manifest(folder, hash_files(folder, _regular_files(folder)))
+    flush_files(_regular_files(folder))
+    for parent, _, _ in os.walk(folder, topdown=False):
+        _fsync(Path(parent))
+
+
+def _regular_files(folder: Path) -> Iterator[Path]:
     for path in _files(folder):
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path.name} is not a regular file; a checkpoint holds only those")
-        if manifest:
-            size, sha256 = path.stat().st_size, _sha256(path)
-            listed[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": sha256}
-        _fsync(path)
-    if MANIFEST in listed:
-        raise CheckpointError(f"{MANIFEST} is the name of the list of files; give that file another name")
-    if manifest:
-        (folder / MANIFEST).write_text(dump({"format": 1, "files": listed}))
-        _fsync(folder / MANIFEST)
+        yield path
+
+
+def _fsync_folders(folder: Path) -> None:
     for parent, _, _ in os.walk(folder, topdown=False):
         _fsync(Path(parent))
 

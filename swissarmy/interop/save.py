@@ -17,7 +17,7 @@ from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.errors import CheckpointError
 from swissarmy.core.hooks import HOOKS, answers
 from swissarmy.core.weight_map import Entry, WeightMap
-from swissarmy.interop.mixin_folder import write_mixins
+from swissarmy.interop.mixin_folder import Whole, as_it_is, write_mixins
 from swissarmy.interop.safe_write import write_folder
 from swissarmy.interop.safetensors_write import LazyTensor, save_safetensors
 from swissarmy.models._family import Source, build_model
@@ -30,6 +30,21 @@ def save_pretrained(model: Model, folder: Path) -> None:
         CheckpointError: The folder exists and is not empty, cannot be written, or the model has lost a part that its
             family's layout needs.
     """
+    with write_folder(folder) as target:
+        write_model(model, target)
+
+
+def write_model(model: Model, target: Path, whole: Whole = as_it_is) -> None:
+    """Write configuration and weights into an empty folder, a tensor at a time.
+
+    Args:
+        model: With its weights here, or sharded.
+        target: The folder.
+        whole: From a parameter or buffer to the tensor to write, by its name: gathers what is sharded.
+
+    Raises:
+        CheckpointError: The model has lost a part that its family's layout needs.
+    """
     source = model.source or _plain_source(model)
     parameters = dict(model.named_parameters())
     _check_present(parameters)
@@ -38,24 +53,29 @@ def save_pretrained(model: Model, folder: Path) -> None:
     entries = weight_map.entries(own)
     _check_complete(source, model, parameters)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
-    with write_folder(folder) as target:
-        values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
-        values.pop("torch_dtype", None)  # the old name of dtype
-        (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        save_safetensors(target, _their_tensors(entries, own, weight_map.copies))
-        write_mixins(model, source, target)
+    values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
+    values.pop("torch_dtype", None)  # the old name of dtype
+    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    save_safetensors(target, _their_tensors(entries, own, weight_map.copies, whole))
+    write_mixins(model, source, target, whole)
 
 
 def _their_tensors(
-    entries: list[Entry], parameters: Mapping[str, Tensor], copies: Mapping[str, str]
+    entries: list[Entry], parameters: Mapping[str, Tensor], copies: Mapping[str, str], whole: Whole
 ) -> Iterator[tuple[str, LazyTensor]]:
     """Each tensor of the file, made when its turn comes."""
     for entry in entries:
-        parts = [parameters[name].detach() for name in entry.ours]
-        shape = entry.rule.join([torch.empty_like(part, device="meta") for part in parts]).shape
-        names = [entry.theirs, *(name for name, original in copies.items() if original == entry.theirs)]
-        for name in names:
-            yield name, LazyTensor(shape=shape, dtype=parts[0].dtype, make=partial(entry.rule.join, parts))
+        parts = {name: parameters[name].detach() for name in entry.ours}
+        outlines = [torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts.values()]
+        made = LazyTensor(
+            shape=entry.rule.join(outlines).shape, dtype=outlines[0].dtype, make=partial(_joined, entry, parts, whole)
+        )
+        yield entry.theirs, made
+        yield from ((name, made) for name, original in copies.items() if original == entry.theirs)
+
+
+def _joined(entry: Entry, parts: Mapping[str, Tensor], whole: Whole) -> Tensor:
+    return entry.rule.join([whole(name, part) for name, part in parts.items()])
 
 
 def _check_present(parameters: Mapping[str, Tensor]) -> None:

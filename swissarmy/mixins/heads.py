@@ -4,7 +4,8 @@ Hooks: `final_forward` (replaces; wraps, in what only changes what a head is giv
 head that shares the word embedding reads it from the backbone.
 """
 
-from typing import Any, Literal, NamedTuple, Self, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import Hook, non_conflict
-from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.mixin import BaseMixin, SharedDim
 from swissarmy.nn.activations import ACTIVATIONS
 from swissarmy.nn.linear import Linear, linear
 from swissarmy.nn.norms import make_norm
@@ -42,6 +43,8 @@ class NoHeadMixin(BaseMixin):
 class LMHeadMixin(BaseMixin):
     """A head of its own that gives logits over a vocabulary, for any backbone. Parameters: `head.*`."""
 
+    shared_dims: ClassVar[Mapping[str, SharedDim]] = {"head.*": SharedDim(0, "vocabulary")}
+
     def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = False) -> None:
         """Make the projection."""
         super().__init__()
@@ -65,6 +68,11 @@ class MLMHeadMixin(BaseMixin):
 
     Parameters: `dense.*`, `norm.*`, `bias` `[vocab]`; with `tied=False` also `decoder.weight` `[vocab, h]`.
     """
+
+    shared_dims: ClassVar[Mapping[str, SharedDim]] = {
+        "bias": SharedDim(0, "vocabulary"),
+        "decoder.weight": SharedDim(0, "vocabulary"),
+    }
 
     def __init__(
         self, hidden_size: int, vocab_size: int, *, activation: str = "gelu", eps: float = 1e-12, tied: bool = True
@@ -203,6 +211,10 @@ class PreTrainingOutput(NamedTuple):
 @final
 class PreTrainingHeadMixin(BaseMixin):
     """BERT's two heads for pretraining. Parameters: `predictions.*`, `next_sentence.*`."""
+
+    shared_dims: ClassVar[Mapping[str, SharedDim]] = {
+        f"predictions.{name}": shared for name, shared in MLMHeadMixin.shared_dims.items()
+    }
 
     def __init__(self, predictions: MLMHeadMixin, next_sentence: ClassificationHeadMixin) -> None:
         """Hold both heads."""

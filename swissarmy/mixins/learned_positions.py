@@ -45,9 +45,10 @@ class LearnedPositionsMixin(BaseMixin):
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """`[b or 1, s]` to `[b or 1, s, h]`."""
         if self.padding_id is not None and kw_args["given_position_ids"] is None:
-            position_ids = self._counted(position_ids, kw_args["input_ids"], kw_args["padding_mask"])
+            position_ids = self._counted(position_ids, **kw_args)
         if kw_args["given_position_ids"] is None:
-            self._check_length(position_ids.shape[-1] + (0 if kw_args["mems"] is None else len(kw_args["mems"])))
+            remembered = 0 if kw_args["mems"] is None else len(kw_args["mems"])
+            self._check_length(kw_args["positions_before"] + remembered + position_ids.shape[-1])
         positions: Tensor = self.table(position_ids)
         return positions
 
@@ -56,13 +57,21 @@ class LearnedPositionsMixin(BaseMixin):
         if length > longest:
             raise HookCallError(f"{length} tokens, and the model has {longest} positions: shorten the input.")
 
-    def _counted(self, position_ids: Tensor, input_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
+    def _counted(
+        self,
+        position_ids: Tensor,
+        *,
+        input_ids: Tensor | None,
+        padding_mask: Tensor | None,
+        positions_before: int,
+        **kw_args: Any,
+    ) -> Tensor:
         """Rows for the real tokens of this call, after those that a cache remembers."""
         assert self.padding_id is not None
         if input_ids is None:
             return position_ids + self.first_position
         before = position_ids[:, :1]
         if padding_mask is not None:
-            before = padding_mask[:, : -input_ids.shape[1]].long().sum(dim=1, keepdim=True)
+            before = padding_mask[:, : -input_ids.shape[1]].long().sum(dim=1, keepdim=True) + positions_before
         real = (input_ids != self.padding_id).long()
         return (before + torch.cumsum(real, dim=1)) * real + self.padding_id

@@ -11,43 +11,31 @@ Parameters: `layers.{i}.{projection}.lora_A` `[r, in]` and `lora_B` `[out, r]`, 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swissarmy.backbone.config import TransformerConfig
-from swissarmy.backbone.merging import MergeableMixin
-from swissarmy.backbone.projections import (
-    Projection,
-    check_patterns,
-    first_match,
-    matches,
-    projections_for,
-    projections_of,
-)
-from swissarmy.core.config import Config
+from swissarmy.backbone.projections import Projection, first_match
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, module_name, precise
 from swissarmy.core.errors import ConfigError, HookCallError, HookDefinitionError
 from swissarmy.core.hooks import Hook, non_conflict
-from swissarmy.core.mixin import MixinHost
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(Config):
+class LoRAConfig(TargetsConfig):
     """The options of `LoRAMixin.for_model` and `LoRAMixin.for_config`."""
+
+    pattern_fields: ClassVar[tuple[str, ...]] = ("targets", "rank_pattern", "alpha_pattern")
 
     r: int = 8
     """The rank of the change."""
     alpha: float = 16.0
     """The change is scaled by `alpha / r`."""
-    targets: tuple[str, ...] = ("query", "value")
-    """Patterns of projections (`swissarmy.backbone.projections`): `attention.*`, `mlp.*`, `experts.*.up`."""
-    layers: tuple[int, ...] | None = None
-    """The layers to change; all when `None`."""
     dropout: float = 0.0
     """Dropout on what A is given."""
     rslora: bool = False
@@ -68,58 +56,17 @@ class LoRAConfig(Config):
         ranks, scales = {"r": self.r, **self.rank_pattern}, {"alpha": self.alpha, **self.alpha_pattern}
         yield from (f"{name}: {r!r} is no rank, at least 1" for name, r in ranks.items() if not _is_number(r, int, 1))
         yield from (f"{name}: {alpha!r} is no scale" for name, alpha in scales.items() if not _is_number(alpha, float))
-        if not self.targets:
-            yield "targets is empty: nothing would change"
+        yield from super().problems()
         if not 0 <= self.dropout < 1:
             yield f"dropout={self.dropout} must be in [0, 1)"
         if not 0 < self.lr_ratio < math.inf:
             yield f"lr_ratio={self.lr_ratio} must be positive"
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Self:
-        """From options as people write them: one pattern as a string, layers as a range."""
-        values = {key: list(value) if isinstance(value, range) else value for key, value in options.items()}
-        if isinstance(values.get("targets"), str):
-            values["targets"] = (values["targets"],)
-        return cls.from_dict(values)
-
-    def selects(self, projection: Projection) -> bool:
-        """Whether a projection is to be changed."""
-        in_layer = self.layers is None or projection.layer_id in self.layers
-        return in_layer and any(matches(projection.address, pattern) for pattern in self.targets)
 
     def rank_and_scale(self, address: str) -> tuple[int, float]:
         """The rank at a projection, and what `B A` is multiplied by there."""
         r = first_match(address, self.rank_pattern, self.r)
         alpha = first_match(address, self.alpha_pattern, self.alpha)
         return r, alpha / (math.sqrt(r) if self.rslora else r)
-
-    def within(self, projections: Sequence[Projection]) -> Self:
-        """The same for one part of a model, without the patterns that match in other parts only."""
-
-        def known(pattern: str) -> bool:
-            return any(matches(projection.address, pattern) for projection in projections)
-
-        return self.replace(
-            targets=tuple(filter(known, self.targets)),
-            rank_pattern={pattern: r for pattern, r in self.rank_pattern.items() if known(pattern)},
-            alpha_pattern={pattern: alpha for pattern, alpha in self.alpha_pattern.items() if known(pattern)},
-        )
-
-    def check_found(self, projections: Sequence[Projection]) -> None:
-        """Refuse patterns and layers that are nowhere in a model.
-
-        Raises:
-            ConfigError: Naming the pattern or the layer.
-        """
-        addresses = [projection.address for projection in projections]
-        for name in ("targets", "rank_pattern", "alpha_pattern"):
-            check_patterns(getattr(self, name), addresses, field=name)
-        unknown = {*(self.layers or ())} - {projection.layer_id for projection in projections}
-        if unknown:
-            raise ConfigError(f"layers: there is no layer {min(unknown)}.")
-        if not any(map(self.selects, projections)):
-            raise ConfigError(f"targets={self.targets} are in none of the layers {self.layers}.")
 
 
 @final
@@ -196,7 +143,7 @@ class LoRALinear(nn.Module):
     def _precise_factors(self) -> tuple[Tensor, Tensor]:
         """The change of the weight as `b @ a`."""
         a, b = self.factors()
-        return _precise(a), _precise(b) * self.scale
+        return precise(a), precise(b) * self.scale
 
     @torch.no_grad()
     def row_lengths(self, weight: Tensor) -> Tensor:
@@ -207,7 +154,7 @@ class LoRALinear(nn.Module):
         """
         if weight.is_meta:
             raise HookCallError("DoRA reads the weights that it changes, and these have no values (quantize=...).")
-        weight = _precise(weight)
+        weight = precise(weight)
         a, b = (factor.type_as(weight) for factor in self._precise_factors())
         squares: Tensor = torch.linalg.vector_norm(weight, dim=1).square()
         squares += (b * (2 * (weight @ a.t()) + b @ (a @ a.t()))).sum(1)
@@ -216,7 +163,7 @@ class LoRALinear(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight with the change in it, `[out, in]`, in float32 or better."""
-        weight = _precise(weight)
+        weight = precise(weight)
         a, b = (factor.type_as(weight) for factor in self._precise_factors())
         changed = torch.addmm(weight, b, a)
         if self.magnitude is None:
@@ -230,7 +177,7 @@ class LoRALinear(nn.Module):
         Raises:
             HookDefinitionError: DoRA that this process did not merge, or a row that it made zero.
         """
-        weight = _precise(weight)
+        weight = precise(weight)
         a, b = (factor.type_as(weight) for factor in self._precise_factors())
         if self.magnitude is not None:
             if self.divided_by is None or not self.magnitude.all():
@@ -240,65 +187,19 @@ class LoRALinear(nn.Module):
 
 
 @final
-class LoRALayer(nn.ModuleDict):
-    """The changes of one layer's projections, by name, with `_` for each dot."""
+class LoRAMixin(TargetedMixin):
+    """Changes of low rank at the projections that match `targets`; `for_model` takes the options of `LoRAConfig`.
 
-    def forward(self, key: str, x: Tensor, projected: Tensor, linear: nn.Linear) -> Tensor:
-        """What the changed projection gives, `[..., out]`."""
-        changed: Tensor = self[key](x, projected, linear)
-        return changed
+    DoRA, PiSSA and OLoRA start from a model's weights, and so from `for_model`.
+    """
 
+    config_type = LoRAConfig
+    config: LoRAConfig
 
-@final
-class LoRAMixin(MergeableMixin):
-    """Changes of low rank at the projections that match `targets`; `for_model` takes the options of `LoRAConfig`."""
-
-    def __init__(self, projections: Sequence[Projection], config: LoRAConfig) -> None:
-        """Make a change for each of a model's projections that the configuration selects."""
-        super().__init__()
-        self.config = config
-        num_layers = max(projection.layer_id for projection in projections) + 1
-        self.layers = nn.ModuleList(LoRALayer() for _ in range(num_layers))
-        for projection in filter(config.selects, projections):
-            r, scale = config.rank_and_scale(projection.address)
-            layer = self.layers[projection.layer_id]
-            assert isinstance(layer, LoRALayer)
-            layer[module_name(projection.name)] = LoRALinear(projection.linear, r, scale, config)
-
-    @classmethod
-    def for_model(cls, model: MixinHost, **options: Any) -> Any:
-        """The mixin for a model's projections, those of its experts included; for a model of parts, one for each.
-
-        Args:
-            model: The model; DoRA, PiSSA and OLoRA start from its weights.
-            **options: The fields of `LoRAConfig`.
-
-        Returns:
-            A mixin, or for a model of several parts a dict from part name to mixin; `add_mixin` takes both.
-
-        Raises:
-            ConfigError: Options that are none, or a pattern that matches no projection.
-        """
-        config = LoRAConfig.of(options)
-        models: Mapping[str, Any] = model.parts or {"": model}
-        found = {name: projections_of(part) for name, part in models.items()}
-        config.check_found([each for projections in found.values() for each in projections])
-        mixins = {
-            name: cls(each, config.within(each)) for name, each in found.items() if any(map(config.selects, each))
-        }
-        return mixins if model.parts else mixins[""]
-
-    @classmethod
-    def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
-        """The mixin for a backbone of these sizes, without experts."""
-        projections, lora = projections_for(config), LoRAConfig.of(options)
-        lora.check_found(projections)
-        return cls(projections, lora)
-
-    @property
-    def saved_options(self) -> dict[str, Any]:
-        """The fields of its configuration."""
-        return self.config.to_dict()
+    def make_change(self, projection: Projection) -> LoRALinear:
+        """A change of zero."""
+        r, scale = self.config.rank_and_scale(projection.address)
+        return LoRALinear(projection.linear, r, scale, self.config)
 
     @property
     def is_additive(self) -> bool:
@@ -307,9 +208,7 @@ class LoRAMixin(MergeableMixin):
 
     def change_at(self, projection: Projection) -> LoRALinear | None:
         """The change of a projection, if it has one."""
-        layer = self.layers[projection.layer_id]
-        assert isinstance(layer, LoRALayer)
-        change = layer._modules.get(module_name(projection.name))
+        change = self.change_of(projection)
         assert change is None or isinstance(change, LoRALinear)
         return change
 
@@ -334,19 +233,9 @@ class LoRAMixin(MergeableMixin):
         return changed
 
 
-def module_name(name: str) -> str:
-    """A projection's name as a module's, which has no dots."""
-    return name.replace(".", "_")
-
-
 def _is_number(value: object, kind: type, least: float = -math.inf) -> bool:
     numbers = int if kind is int else int | float
     return isinstance(value, numbers) and not isinstance(value, bool) and least <= value < math.inf
-
-
-def _precise(weight: Tensor) -> Tensor:
-    """In float32, or in float64 if it is."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _weight_of(linear: nn.Linear, purpose: str) -> Tensor:
@@ -354,7 +243,7 @@ def _weight_of(linear: nn.Linear, purpose: str) -> Tensor:
         raise ConfigError(
             f"{purpose} starts from a model's weights: use LoRAMixin.for_model(model, ...) where it has them."
         )
-    return _precise(linear.weight.detach())
+    return precise(linear.weight.detach())
 
 
 def _principal(weight: Tensor, r: int, scale: float, init: Literal["pissa", "olora"]) -> tuple[Tensor, Tensor]:
@@ -363,7 +252,7 @@ def _principal(weight: Tensor, r: int, scale: float, init: Literal["pissa", "olo
         raise ConfigError(f"init='{init}': a weight {list(weight.shape)} has no rank {r}.")
     if init == "olora":
         q, upper = torch.linalg.qr(weight)
-        return upper[:r].clone(), q[:, :r].clone()
+        return upper[:r].clone(memory_format=torch.contiguous_format), q[:, :r].contiguous()
     u, values, v = torch.linalg.svd(weight, full_matrices=False)
     roots = (values[:r] / scale).sqrt()
-    return roots[:, None] * v[:r], u[:, :r] * roots
+    return (roots[:, None] * v[:r]).contiguous(), (u[:, :r] * roots).contiguous()  # as sharding needs them

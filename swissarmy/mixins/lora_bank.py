@@ -24,11 +24,12 @@ from swissarmy.backbone.projections import (
     projections_for,
     projections_of,
 )
+from swissarmy.backbone.targets import module_name
 from swissarmy.core.config import Config
 from swissarmy.core.errors import HookCallError, HookDefinitionError, nearest
 from swissarmy.core.hooks import Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin, MixinHost
-from swissarmy.mixins.lora import LoRAMixin, module_name
+from swissarmy.mixins.lora import LoRAMixin
 
 Weights = Sequence[tuple[int, float]]
 """Adapters by number, and how much of each."""

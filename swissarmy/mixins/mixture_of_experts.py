@@ -5,14 +5,15 @@ Hooks: `mlp_forward` (replaces), `routing_forward` (replaceable: another mixin m
 Parameters: `layers.{i}.router.weight` `[experts, h]`, `layers.{i}.experts.{e}.{up,down,gate}`.
 """
 
-from typing import Any, Self, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.core.hooks import replaceable
-from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.mixin import BaseMixin, SharedDim
 from swissarmy.nn.mlp import MLP
 
 
@@ -52,6 +53,12 @@ class Experts(nn.Module):
 @final
 class MixtureOfExpertsMixin(BaseMixin):
     """Experts in place of the MLP, in every layer. Every expert sees every token: exact, for small models."""
+
+    shared_dims: ClassVar[Mapping[str, SharedDim]] = {
+        "layers.*.experts.*.up.*": SharedDim(0, "width"),
+        "layers.*.experts.*.gate.*": SharedDim(0, "width"),
+        "layers.*.experts.*.down.weight": SharedDim(1, "width"),
+    }
 
     def __init__(self, config: TransformerConfig, *, num_experts: int = 8, top_k: int = 2) -> None:
         """Make the experts of every layer."""

@@ -4,13 +4,14 @@ Changes: adds to the scores of self-attention; the same table serves all layers.
 Hooks: `attention_fn` (wraps, stage `bias`). Parameters: `table.weight` `[buckets, heads]`.
 """
 
-from typing import Any, Self, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, final
 
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.core.hooks import Hook, non_conflict
-from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.mixin import BaseMixin, SharedDim
 from swissarmy.nn.masks import Mask
 from swissarmy.nn.position_bias import add_bias, relative_position, relative_position_bucket
 
@@ -18,6 +19,8 @@ from swissarmy.nn.position_bias import add_bias, relative_position, relative_pos
 @final
 class RelativePositionBiasMixin(BaseMixin):
     """Bucketed distances, each with a bias per head."""
+
+    shared_dims: ClassVar[Mapping[str, SharedDim]] = {"table.weight": SharedDim(1, "heads")}
 
     def __init__(
         self, num_heads: int, *, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False

@@ -1,7 +1,7 @@
 """Token types (Devlin et al. 2019): which of several segments a token belongs to.
 
-Changes: adds a trained vector for each token's type to its embedding.
-Hooks: `word_embedding_forward` (wraps); reads `token_type_ids` `[b, s]`. Parameters: `table.weight` `[types, h]`.
+Changes: adds a trained vector for each token's type to its embedding, with that of its position.
+Hooks: `position_embedding_forward` (wraps); reads `token_type_ids` `[b, s]`. Parameters: `table.weight` `[types, h]`.
 """
 
 from typing import Any, Self, final
@@ -30,12 +30,12 @@ class TokenTypesMixin(BaseMixin):
         return cls(num_types, config.hidden_size, **options)
 
     @non_conflict
-    def word_embedding_forward(
-        self, input_ids: Tensor, *, old_impl: Hook, token_type_ids: Tensor | None = None, **kw_args: Any
+    def position_embedding_forward(
+        self, position_ids: Tensor, *, old_impl: Hook, token_type_ids: Tensor | None = None, **kw_args: Any
     ) -> Tensor:
-        """Add the types' vectors, `[b, s, h]`."""
-        embedded: Tensor = old_impl(input_ids, token_type_ids=token_type_ids, **kw_args)
+        """Add the types' vectors to those of the positions, `[b or 1, s, h]`."""
+        positions: Tensor | None = old_impl(position_ids, token_type_ids=token_type_ids, **kw_args)
         if token_type_ids is None:
-            token_type_ids = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+            token_type_ids = torch.zeros(1, position_ids.shape[-1], dtype=torch.long, device=position_ids.device)
         types: Tensor = self.table(token_type_ids)
-        return embedded + types
+        return types if positions is None else positions + types

@@ -4,6 +4,7 @@ Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`; the result is `[b, 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,29 @@ def attention(
         bias: Added to the scores, `[b|1, heads|1, s|1, t]`.
         softcap: Scores become `softcap * tanh(scores / softcap)` before bias and mask (Gemma 2).
     """
+    kernel = partial(_attend, dropout_fn=dropout_fn, scale=scale, softcap=softcap)
+    if type(q) is not Tensor:  # then at call time: a model in one process needs none of this
+        from torch.distributed.tensor import DTensor
+
+        from swissarmy.nn.shared_heads import on_own_heads
+
+        if isinstance(q, DTensor):
+            return on_own_heads(kernel, q, k, v, mask, bias)
+    return kernel(q, k, v, mask, bias)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    bias: Tensor | None,
+    *,
+    dropout_fn: Callable[[Tensor], Tensor],
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention over plain tensors."""
     if softcap is not None or not isinstance(dropout_fn, nn.Dropout):
         return _written_out(q, k, v, mask, dropout_fn, scale=scale, bias=bias, softcap=softcap)
     if bias is None and q.is_cuda and torch.compiler.is_compiling() and _has_hidden_blocks(mask):

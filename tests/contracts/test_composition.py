@@ -23,23 +23,43 @@ def of(kind: type[BaseMixin], **options: Any) -> Make:
     return lambda model: kind.for_model(model, **options)
 
 
+def fusion_of_two_adapters(model: Model) -> Any:
+    adapters = {"a": sat.AdapterMixin.for_model(model), "b": sat.CompacterMixin.for_model(model)}
+    for adapter in adapters.values():
+        for each in adapter.values() if isinstance(adapter, dict) else [adapter]:
+            for parameter in each.parameters():
+                torch.nn.init.normal_(parameter, std=0.5)
+    return sat.AdapterFusionMixin.for_model(model, adapters=adapters)
+
+
 MIXINS: dict[str, Make] = {
+    "adapter": of(sat.AdapterMixin),
+    "adapter-fusion": fusion_of_two_adapters,
     "alibi": of(sat.ALiBiMixin),
     "attention-softcap": lambda model: sat.AttentionSoftcapMixin(2.0),
+    "bitfit": of(sat.BitFitMixin),
     "auto-regressive": of(sat.CachedAutoRegressiveMixin),
+    "compacter": of(sat.CompacterMixin),
     "dora": of(sat.LoRAMixin, r=2, dora=True, init="pissa"),
     "embedding-scale": of(sat.EmbeddingScaleMixin, scale=0.5),
+    "ffadd": of(sat.FFADDMixin, num_neurons=3),
     "hidden-states": of(sat.HiddenStatesMixin),
+    "ia3": of(sat.IA3Mixin, targets="*"),
+    "layer-scaling": of(sat.LayerScalingMixin),
     "logit-softcap": lambda model: sat.LogitSoftcapMixin(3.0),
     "lora": of(sat.LoRAMixin, r=2, targets="*"),
+    "loreft": of(sat.LoReFTMixin, rank=2, first=3),
     "mixture-of-experts": of(sat.MixtureOfExpertsMixin, num_experts=3),
     "prefix-tuning": of(sat.PrefixTuningMixin, prefix_len=3),
+    "prefix-encoder": of(sat.PrefixTuningMixin, prefix_len=2, encoder_size=5, shift_positions=True),
+    "prompt-tuning": of(sat.PromptTuningMixin, prompt_len=3),
     "qk-norm": of(sat.QKNormMixin),
     "reduced-weights": lambda model: sat.ReducedWeightsMixin.for_model(model, kind="fp16"),
     "relative-position-bias": of(sat.RelativePositionBiasMixin, num_buckets=8),
     "rotary": of(sat.RotaryMixin),
     "sliding-window": of(sat.SlidingWindowMixin, window=4),
     "token-types": of(sat.TokenTypesMixin),
+    "vera": of(sat.VeRAMixin, r=3),
 }
 """Mixins that go on top of any family; heads and positions that *replace* are tested where they are used."""
 

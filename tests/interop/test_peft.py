@@ -10,80 +10,26 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import swissarmy as sat
 from swissarmy.core.errors import CheckpointError, ConfigError
 from swissarmy.interop.peft_config import PeftLoRAConfig
 from swissarmy.testing import tiny_model
 from tests.helpers import rewrite_json
+from tests.interop.peft_cases import CONFIG, FAMILIES, WEIGHTS, close, logits, theirs
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 pytestmark = [  # what PEFT and transformers say of each other's newest versions
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
 ]
 
-FAMILIES: dict[str, tuple[str, dict[str, Any], list[str], tuple[str, ...]]] = {
-    "gpt2": (
-        "GPT2LMHeadModel",
-        {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1},
-        ["c_attn", "c_proj"],
-        ("query", "value", "mlp.up"),
-    ),
-    "llama": (
-        "LlamaForCausalLM",
-        {
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        ["q_proj", "v_proj", "gate_proj"],
-        ("key", "mlp.*"),
-    ),
-    "bert": (
-        "BertForMaskedLM",
-        {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2},
-        ["query", "attention.output.dense"],
-        ("*",),
-    ),
-    "t5": (
-        "T5ForConditionalGeneration",
-        {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"},
-        ["q", "v", "wi_0"],
-        ("cross_attention.*", "value"),
-    ),
-}
-"""Architecture, sizes, what PEFT is to target, and what we are."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.1},
     "rslora": {"use_rslora": True, "lora_alpha": 3},
     "dora": {"use_dora": True},
     "patterns": {"layers_to_transform": [1]},
 }
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with a tiny model in float64 for each family, made when it is asked for."""
-    folders: dict[str, Path] = {}
-
-    def base(family: str) -> Path:
-        if family not in folders:
-            folders[family] = tmp_path_factory.mktemp(family) / "base"
-            architecture, sizes, *_ = FAMILIES[family]
-            torch.manual_seed(0)
-            cls = getattr(transformers, architecture)
-            cls(cls.config_class(vocab_size=61, **sizes)).double().save_pretrained(folders[family])
-        return folders[family]
-
-    return base
-
-
-def theirs(folder: Path, family: str) -> Any:
-    return getattr(transformers, FAMILIES[family][0]).from_pretrained(folder, dtype=torch.float64).eval()
 
 
 def adapted(base: Path, family: str, **options: Any) -> Any:
@@ -101,17 +47,6 @@ def written(base: Path, folder: Path, family: str = "gpt2", **options: Any) -> P
     """The folder of such an adapter."""
     adapted(base, family, **options).save_pretrained(folder)
     return folder
-
-
-def logits(model: Any, family: str) -> Tensor:
-    ids = torch.arange(14).view(2, 7) * 4 + 3
-    decoder = {"decoder_input_ids": ids.flip(1)} if family == "t5" else {}
-    result = model(input_ids=ids, **decoder)
-    return (result[0] if isinstance(result, tuple) else result.logits).detach()
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def train(model: Any) -> Any:
@@ -240,9 +175,9 @@ def test_several_adapters_load_side_by_side_and_are_written_by_name(bases: Any, 
     sat.load_adapter(model, first, name="first")
     alone = logits(model, "llama")
     sat.load_adapter(model, str(second), name="second")
-    with pytest.raises(CheckpointError, match="several LoRAMixins: say name='first' or another"):
+    with pytest.raises(CheckpointError, match="several mixins that PEFT has: say name='first' or another"):
         model.save_adapter(tmp_path / "which")
-    with pytest.raises(CheckpointError, match=r"no LoRAMixin 'frist'. Did you mean 'first'\?"):
+    with pytest.raises(CheckpointError, match=r"no mixin 'frist' that PEFT has. Did you mean 'first'\?"):
         model.save_adapter(tmp_path / "which", name="frist")
     model.save_adapter(tmp_path / "back", name="first")
     close(logits(sat.load_adapter(sat.load(base), tmp_path / "back"), "llama"), alone)
@@ -337,7 +272,8 @@ def test_magnitudes_and_the_configuration_must_agree(bases: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; 'LORA' is"),
+        ({"peft_type": "ADALORA"}, "peft_type='ADALORA' is not supported; 'BEFT', 'IA3', 'LORA', "),
+        ({"peft_type": "IA3"}, "init_lora_weights=True, lora_alpha=8, r=3: not supported"),
         ({"bias": "lora_only"}, "bias='lora_only': not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
         ({"lora_bias": True, "a_field_of_tomorrow": 1}, "lora_bias=True, a_field_of_tomorrow=1"),
@@ -381,7 +317,9 @@ def test_a_name_that_is_taken_is_refused(bases: Any, folder: Path) -> None:
 
 def test_what_peft_has_no_place_for_is_not_written(tmp_path: Path) -> None:
     model: Any = tiny_model("gpt2")
-    with pytest.raises(CheckpointError, match="the model has no LoRAMixin; only LoRA is written"):
+    with pytest.raises(
+        CheckpointError, match="the model has no mixin of these; for PEFT are written: LoRAMixin, IA3Mixin"
+    ):
         model.save_adapter(tmp_path / "none")
     model.add_mixin("experts", sat.MixtureOfExpertsMixin.for_model(model, num_experts=2))
     model.add_mixin("lora", sat.LoRAMixin.for_model(model, targets=("query", "experts.*")))

@@ -1,0 +1,161 @@
+"""Methods with a change of their own for each of some projections: which ones, and where the changes live."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.backbone.merging import MergeableMixin
+from swissarmy.backbone.projections import Projection, check_patterns, matches, projections_for, projections_of
+from swissarmy.core.config import Config
+from swissarmy.core.errors import ConfigError
+from swissarmy.core.mixin import MixinHost
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(Config):
+    """Options of a mixin that changes some projections."""
+
+    pattern_fields: ClassVar[tuple[str, ...]] = ("targets",)
+    """The fields that hold patterns, alone or as the keys of a dict."""
+
+    targets: tuple[str, ...] = ("query", "value")
+    """Patterns of projections (`swissarmy.backbone.projections`): `attention.*`, `mlp.*`, `experts.*.up`."""
+    layers: tuple[int, ...] | None = None
+    """The layers to change; all when `None`."""
+
+    def problems(self) -> Iterator[str]:
+        """No targets."""
+        if not self.targets:
+            yield "targets is empty: nothing would change"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """From options as people write them: one pattern as a string, layers as a range."""
+        values = {key: list(value) if isinstance(value, range) else value for key, value in options.items()}
+        for name in cls.pattern_fields:
+            if isinstance(values.get(name), str):
+                values[name] = (values[name],)
+        return cls.from_dict(values)
+
+    def selects(self, projection: Projection) -> bool:
+        """Whether a projection is to be changed."""
+        in_layer = self.layers is None or projection.layer_id in self.layers
+        return in_layer and any(matches(projection.address, pattern) for pattern in self.targets)
+
+    def within(self, projections: Sequence[Projection]) -> Self:
+        """The same for one part of a model, without the patterns that match in other parts only."""
+
+        def known(pattern: str) -> bool:
+            return any(matches(projection.address, pattern) for projection in projections)
+
+        def kept(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {pattern: each for pattern, each in value.items() if known(pattern)}
+            return tuple(filter(known, value))
+
+        return self.replace(**{name: kept(getattr(self, name)) for name in self.pattern_fields})
+
+    def check_found(self, projections: Sequence[Projection]) -> None:
+        """Refuse patterns and layers that are nowhere in a model.
+
+        Raises:
+            ConfigError: Naming the pattern or the layer.
+        """
+        addresses = [projection.address for projection in projections]
+        for name in self.pattern_fields:
+            check_patterns(getattr(self, name), addresses, field=name)
+        unknown = {*(self.layers or ())} - {projection.layer_id for projection in projections}
+        if unknown:
+            raise ConfigError(f"layers: there is no layer {min(unknown)}.")
+        if not any(map(self.selects, projections)):
+            raise ConfigError(f"targets={self.targets} are in none of the layers {self.layers}.")
+
+
+@final
+class LayerChanges(nn.ModuleDict):
+    """The changes of one layer's projections, by name, with `_` for each dot."""
+
+    def forward(self, key: str, *arguments: Any) -> Tensor:
+        """What the change of one projection gives."""
+        changed: Tensor = self[key](*arguments)
+        return changed
+
+
+class TargetedMixin(MergeableMixin, ABC):
+    """A mixin with a change for each projection that its configuration selects, in `layers[i]`."""
+
+    config_type: ClassVar[type[TargetsConfig]]
+    """The class of its options."""
+    config: TargetsConfig
+
+    def __init__(self, projections: Sequence[Projection], config: TargetsConfig) -> None:
+        """Make a change for each of a model's projections that the configuration selects."""
+        super().__init__()
+        self.config = config
+        num_layers = max(projection.layer_id for projection in projections) + 1
+        self.layers = nn.ModuleList(LayerChanges() for _ in range(num_layers))
+        for projection in filter(config.selects, projections):
+            self._changes(projection.layer_id)[module_name(projection.name)] = self.make_change(projection)
+
+    @abstractmethod
+    def make_change(self, projection: Projection) -> nn.Module:
+        """The change of one projection, at its start."""
+
+    @classmethod
+    def for_model(cls, model: MixinHost, **options: Any) -> Any:
+        """The mixin for a model's projections, those of its experts included; for a model of parts, one for each.
+
+        Args:
+            model: The model.
+            **options: The fields of the mixin's configuration.
+
+        Returns:
+            A mixin, or for a model of several parts a dict from part name to mixin; `add_mixin` takes both.
+
+        Raises:
+            ConfigError: Options that are none, or a pattern that matches no projection.
+        """
+        config = cls.config_type.of(options)
+        models: Mapping[str, Any] = model.parts or {"": model}
+        found = {name: projections_of(part) for name, part in models.items()}
+        config.check_found([each for projections in found.values() for each in projections])
+        mixins = {
+            name: cls(each, config.within(each)) for name, each in found.items() if any(map(config.selects, each))
+        }
+        return mixins if model.parts else mixins[""]
+
+    @classmethod
+    def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
+        """The mixin for a backbone of these sizes, without experts."""
+        projections, own = projections_for(config), cls.config_type.of(options)
+        own.check_found(projections)
+        return cls(projections, own)
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """The fields of its configuration."""
+        return self.config.to_dict()
+
+    def change_of(self, projection: Projection) -> nn.Module | None:
+        """The change of a projection, if it has one."""
+        return self._changes(projection.layer_id)._modules.get(module_name(projection.name))
+
+    def _changes(self, layer_id: int) -> LayerChanges:
+        layer = self.layers[layer_id]
+        assert isinstance(layer, LayerChanges)
+        return layer
+
+
+def module_name(name: str) -> str:
+    """A projection's name as a module's, which has no dots."""
+    return name.replace(".", "_")
+
+
+def precise(weight: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,58 @@
+"""Cross-entropy over a vocabulary that several processes share (tensor parallelism): no process sees all logits.
+
+Three numbers a position are exchanged: the largest logit, the sum of exponentials, and the target's logit (Shoeybi et
+al. 2019).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+
+class LossTerms(NamedTuple):
+    """What the loss of each position is made of, `[n]` each."""
+
+    own: Tensor
+    """The target's logit."""
+    normalizer: Tensor
+    """The logarithm of the sum of all exponentials."""
+    largest: Tensor
+    """The largest logit, without gradient."""
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that is shared by processes as a plain one; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def loss_terms(logits: Tensor, targets: Tensor) -> LossTerms:
+    """From logits `[1, n, v]`, shared by vocabulary or whole, and targets `[n]`."""
+    if isinstance(logits, DTensor) and any(isinstance(each, Shard) for each in logits.placements):
+        return _shared_terms(logits.redistribute(logits.device_mesh, (Shard(2),)), targets)
+    wide = _wide(whole(logits)[0])
+    return LossTerms(wide.gather(1, targets[:, None])[:, 0], wide.logsumexp(dim=1), wide.detach().amax(dim=1))
+
+
+def _shared_terms(logits: DTensor, targets: Tensor) -> LossTerms:
+    mesh, local = logits.device_mesh, _wide(logits.to_local()[0])
+    largest: Tensor = collectives.all_reduce(local.detach().amax(dim=1), "max", mesh)
+    place = targets - mesh.get_local_rank() * local.shape[1]
+    is_here = (place >= 0) & (place < local.shape[1])
+    own = torch.where(is_here, local.gather(1, torch.where(is_here, place, 0)[:, None])[:, 0], 0.0)
+    own, exponentials = _added_up(torch.stack((own, (local - largest[:, None]).exp().sum(dim=1))), mesh)
+    return LossTerms(own, exponentials.log() + largest, largest)
+
+
+def _added_up(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over the processes of a mesh; each process's part gets the gradient of the whole."""
+    parts = DTensor.from_local(x, mesh, (Partial(),), run_check=False)
+    total: Tensor = parts.redistribute(mesh, (Replicate(),)).to_local()
+    return total
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Training: one function from a laptop to many hosts."""

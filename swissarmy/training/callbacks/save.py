@@ -1,0 +1,58 @@
+"""Checkpoints during a run, and going on from one."""
+
+from typing import final
+
+from swissarmy.training.callbacks.base import Callback, Run, StepReport
+from swissarmy.training.checkpoint.checkpoints import Checkpoints
+from swissarmy.training.checkpoint.state import TrainState
+from swissarmy.training.spikes import TrainingError
+
+
+@final
+class Save(Callback):
+    """Saves at intervals and at the end, where there are intervals; where a signal ends the run, always.
+
+    Args:
+        checkpoints: Where to.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+
+    def on_step(self, run: Run, report: StepReport) -> None:
+        """Save where it is due."""
+        interval = run.config.save_interval
+        is_due = interval is not None and (report.step % interval == 0 or run.is_last_step)
+        if is_due or run.signal is not None:
+            run.was_saved(self.checkpoints.save(state_of(run)))
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Wait for what is still being written, if all ranks are here to."""
+        if error is None or isinstance(error, TrainingError):
+            self.checkpoints.wait()
+
+
+def state_of(run: Run) -> TrainState:
+    """All that a run goes on from."""
+    return TrainState(
+        model=run.model,
+        optimizer=run.optimizer,
+        ema=run.ema,
+        scaler=run.scaler,
+        loader=run.loaders.train,
+        step=run.step,
+        extra={**run.state_dict(), "config": run.config.to_save()},
+    )
+
+
+def resume(run: Run, checkpoints: Checkpoints) -> None:
+    """Go on from the newest checkpoint, if there is one and the run is to be resumed.
+
+    Raises:
+        CheckpointError: There is none and there must be, or it does not fit.
+        FingerprintError: The data changed.
+    """
+    state = state_of(run)
+    if checkpoints.resume(state) is not None:
+        run.step = state.step
+        run.load_state_dict(state.extra)

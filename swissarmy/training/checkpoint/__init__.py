@@ -1,0 +1,1 @@
+"""Checkpoints of a run: sharded, asynchronous, complete or absent, and read back without running anything."""

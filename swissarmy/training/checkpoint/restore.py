@@ -1,0 +1,122 @@
+"""Reading a step back: everything is compared before anything is loaded."""
+
+import logging
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from swissarmy.core.errors import CheckpointError
+from swissarmy.interop.matching import report
+from swissarmy.interop.safe_write import MANIFEST, verify_manifest
+from swissarmy.interop.tensor_source import TensorFile, parse_json_object
+from swissarmy.training.checkpoint.frozen import check_frozen
+from swissarmy.training.checkpoint.metadata import read_metadata
+from swissarmy.training.checkpoint.optimizer_state import PER_RANK
+from swissarmy.training.checkpoint.random_state import (
+    draw_anew,
+    first_random_tensors,
+    random_tensors,
+    restore_random_state,
+)
+from swissarmy.training.checkpoint.sharded import STATE_FILE, read_tensors
+from swissarmy.training.checkpoint.state import TrainState
+from swissarmy.training.ranks import Ranks
+
+TORCH_METADATA: Final = ".metadata"
+_LOG = logging.getLogger(__name__)
+
+
+def restore(
+    folder: Path, state: TrainState, frozen: Mapping[str, list[Any]], ranks: Ranks, *, allow_data_change: bool
+) -> None:
+    """Fill a run from a step's folder; every rank calls it.
+
+    Args:
+        folder: Of the step.
+        state: Of the run, just built.
+        frozen: What of its model does not train.
+        ranks: The processes, which need not be as many as wrote it.
+        allow_data_change: Go on although the data changed.
+
+    Raises:
+        CheckpointError: On every rank: damaged, or of another model or optimizer; nothing was loaded.
+        FingerprintError: The data changed.
+    """
+    ranks.together(partial(check_not_torchs, folder))
+    share = (ranks.rank, ranks.world_size)
+    listed = ranks.together(partial(verify_manifest, folder, share=share))
+    metadata, values = ranks.together(partial(_read, folder, listed))
+    ranks.together(partial(check_frozen, values["frozen"], frozen))
+    state.make_room(metadata.state_dict_metadata.keys())
+    tensors = state.tensors()
+    ranks.together(partial(_compare, folder, tensors, metadata))
+    ranks.together(partial(state.load_data, values, allow_data_change=allow_data_change))
+
+    is_same_layout = [values["ranks"], values["readers"]] == [ranks.world_size, ranks.data_size]
+    draws = random_tensors(ranks) if is_same_layout else first_random_tensors()
+    draws = {name: tensor for name, tensor in draws.items() if name in metadata.state_dict_metadata}
+    read_tensors(folder, metadata, {**tensors, **draws}, ranks)
+    state.load_values(values)
+    if is_same_layout:
+        restore_random_state(draws, ranks)
+    else:
+        draw_anew(draws, ranks)
+        _LOG.warning("%s was written by other ranks: random numbers are drawn anew", folder)
+
+
+def check_not_torchs(folder: Path) -> None:
+    """Refuse what `torch.distributed.checkpoint` itself wrote.
+
+    Raises:
+        CheckpointError: It did.
+    """
+    if (folder / TORCH_METADATA).exists() and not (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder} was written by torch.distributed.checkpoint itself: its {TORCH_METADATA} is a pickle, and to "
+            "read it is to run whatever is in it, so it was not opened. If you trust it, make a file of its weights "
+            "with torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+        )
+
+
+def _read(folder: Path, listed: Collection[str]) -> tuple[Metadata, dict[str, Any]]:
+    """What a step holds; its files were compared with their hashes."""
+    file = TensorFile(folder / STATE_FILE)
+    values = parse_json_object(file.read_bytes(0, file.size), str(file.path))
+    missing = {"format", "ranks", "readers", "frozen", "step", "optimizer", "extra"} - values.keys()
+    if missing or values["format"] != 1:
+        raise CheckpointError(f"{file.path} is not the state of a run, format 1")
+    metadata = read_metadata(folder)
+    strangers = {place.file for place in metadata.storage_data.values()}.difference(listed)
+    if strangers:
+        raise CheckpointError(f"{folder / MANIFEST} does not list {min(strangers)}, which holds tensors")
+    return metadata, values
+
+
+def _compare(folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    stored = {
+        name: each
+        for name, each in metadata.state_dict_metadata.items()
+        if isinstance(each, TensorStorageMetadata) and not PER_RANK.search(name)
+    }
+    everything = metadata.state_dict_metadata.keys()
+    problems = report("missing", [name for name in tensors if name not in everything], stored)
+    problems += report("unexpected", [name for name in stored if name not in tensors], tensors)
+    problems += [
+        f"{name}: have {list(have.size)} {_name(have.properties.dtype)}, want {list(want.shape)} {_name(want.dtype)}"
+        for name, have in stored.items()
+        if (want := tensors.get(name)) is not None and (have.size, have.properties.dtype) != (want.shape, want.dtype)
+    ]
+    if problems:
+        shown = problems[:12] + [f"and {len(problems) - 12} more"] * (len(problems) > 12)
+        raise CheckpointError(
+            "\n  - ".join([f"{folder} is of another model or optimizer; nothing was loaded:", *shown])
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

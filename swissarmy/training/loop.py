@@ -1,0 +1,145 @@
+"""The loop: what a run does, step by step. Everything else about it is a callback."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from swissarmy.training.callbacks.base import RankTrouble, Run, Skip, StepReport
+from swissarmy.training.checkpoint.checkpoints import Checkpoints
+from swissarmy.training.checkpoint.signals import StopSignals
+from swissarmy.training.gradients import clip_factor
+from swissarmy.training.optimizer import set_learning_rate, take_step
+from swissarmy.training.schedule import learning_rate
+from swissarmy.training.spikes import TrainingError
+from swissarmy.training.window import Window, run_window
+
+_LOG = logging.getLogger(__name__)
+
+
+def train_steps(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> None:
+    """Take the steps of a run, from where it stands to its end, or until something stops it.
+
+    A window that gives a loss or a gradient that is not finite on any rank is discarded on all of them: weights and
+    optimizer stay as they were; the schedule and the data go on.
+
+    Raises:
+        TrainingError: Too many windows in a row were discarded.
+        CheckpointError: A checkpoint could not be written in the background.
+    """
+
+    def flags() -> tuple[bool, ...]:
+        return signals.received == signal.SIGTERM, signals.received == signal.SIGINT, checkpoints.failed
+
+    config, ranks = run.config, run.ranks
+    assert run.loaders.train is not None, "a run has data to train on"
+    batches = iter(run.loaders.train)
+
+    while not run.is_last_step:
+        began = time.perf_counter()
+        lr = learning_rate(config, run.step, run.train_iters)
+        set_learning_rate(run.optimizer, lr)
+
+        window = run_window(
+            run.model,
+            batches,
+            run.forward_step,
+            accumulation=run.loaders.train.batches.layout.accumulation,
+            precision=config,
+            scaler=run.scaler,
+            ranks=ranks,
+            flags=flags,
+        )
+        sums = window.sums
+        whole = sums.count * run.scaler.scale  # what gradients are the sum over, instead of the mean
+        grad_norm = math.sqrt(sums.squared_norm) / (whole or 1.0)
+        run.step += 1
+
+        problem = run.spikes.problem(sums.mean_loss, grad_norm)
+        if problem is not None:
+            _discard(run, window, problem)
+        elif sums.count == 0:
+            _LOG.warning("step %d: nothing was counted on any rank, so no step is taken", run.step)
+            run.optimizer.zero_grad(set_to_none=True)
+        else:
+            take_step(run.optimizer, clip_factor(grad_norm, config.clip_grad_norm) / whole)
+            run.spikes.remember(sums.mean_loss, grad_norm)
+            run.skipped_in_a_row = 0
+            if run.ema is not None:
+                run.ema.update()
+        run.scaler.update(overflowed=not math.isfinite(grad_norm))
+
+        run.last = StepReport(
+            step=run.step,
+            loss=sums.mean_loss,
+            count=sums.count,
+            metrics=sums.mean_metrics,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=sums.tokens,
+            samples=sums.samples,
+            seconds=time.perf_counter() - began,
+            waited=window.waited,
+            skipped=problem,
+        )
+        _heed_flags(run, window, checkpoints)
+        for callback in run.callbacks:
+            callback.on_step(run, run.last)
+        if run.skipped_in_a_row >= config.max_skipped:
+            raise _too_many_skipped(run, problem)
+
+
+def _discard(run: Run, window: Window, problem: str) -> None:
+    """Let go of a window's gradients, and tell what every rank saw in it."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    loss_sum, count = window.own_loss.tolist()
+    own = RankTrouble(
+        rank=run.ranks.rank,
+        loss_sum=loss_sum,
+        count=count,
+        sample_ids=window.sample_ids,
+        bad_gradients=tuple(_bad_gradients(run.model)),
+    )
+    everyones = tuple(run.ranks.gather(own))
+    skip = Skip(step=run.step, reason=problem, in_a_row=run.skipped_in_a_row, ranks=everyones)
+    if run.ranks.is_first:
+        ids = sorted({each for rank in everyones for each in rank.sample_ids})
+        _LOG.warning("step %d is skipped: %s; samples %s", run.step, problem, ids or "without numbers")
+    for callback in run.callbacks:
+        callback.on_skip(run, skip)
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _bad_gradients(model: nn.Module, limit: int = 8) -> Iterator[str]:
+    """The first parameters whose gradient is not finite on this rank."""
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            yield name
+            limit -= 1
+            if not limit:
+                return
+
+
+def _heed_flags(run: Run, window: Window, checkpoints: Checkpoints) -> None:
+    """What happened on one rank concerns all, and all hear of it in the same step."""
+    terminated, interrupted, failed = window.sums.flags
+    if failed:
+        checkpoints.wait()  # raises
+    if terminated or interrupted:
+        run.signal = signal.SIGTERM if terminated else signal.SIGINT
+        run.stop(f"{signal.Signals(run.signal).name} was received")
+
+
+def _too_many_skipped(run: Run, problem: str | None) -> TrainingError:
+    first = run.step - run.skipped_in_a_row + 1
+    return TrainingError(
+        f"steps {first} to {run.step} were all skipped (max_skipped={run.config.max_skipped}); of the last, {problem}. "
+        "The weights are those from before. Look at the samples that the log names, lower lr, or clip more."
+    )

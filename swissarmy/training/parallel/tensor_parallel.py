@@ -1,0 +1,158 @@
+"""Tensor parallelism: parameters become `DTensor`s, and with them all that is computed from them.
+
+A `DTensor` stands for the whole tensor, and each process holds a piece of it. So every family, every mixin and every
+hook computes what it would alone; this file says only where results are put together. Callers give plain tensors, the
+same on each process of the axis, and get plain tensors back.
+
+Shapes: b batch, s positions, h hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.utils._pytree import tree_map
+
+from swissarmy.backbone.model import Model, iterate_models
+from swissarmy.backbone.plan import shared_dims
+from swissarmy.core.errors import HookCallError
+from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.core.mixin import BaseMixin
+
+NAME = "tensor-parallel"
+"""What the mixin is called in each part of a model."""
+_INSIDE: ContextVar[bool] = ContextVar("plain_tensors_are_whole", default=False)
+
+
+@final
+class TensorParallelMixin(BaseMixin):
+    """Puts together what a sublayer's processes computed, once for each sublayer.
+
+    Hooks: `word_embedding_forward`, `attention_forward`, `cross_attention_forward`, `mlp_forward`, `final_forward`
+    (wraps). Parameters: none.
+    """
+
+    keeps_outputs = True
+
+    def __init__(self, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+        """Keep the residual stream whole on each process, or with `sequence_parallel` each its positions."""
+        super().__init__()
+        self.mesh = mesh
+        self.stream: Placement = Shard(1) if sequence_parallel else Replicate()
+
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return f"{self.mesh.size()} processes, residual stream {self.stream}"
+
+    @non_conflict
+    def word_embedding_forward(self, input_ids: Tensor | None, *, old_impl: Hook, **kw_args: Any) -> Tensor:
+        """Start the residual stream, `[b, s, h]`; pixels and the like come in as the caller gave them."""
+        if not _INSIDE.get():
+            raise HookCallError("this model is spread over processes: call it inside plain_tensors_are_whole().")
+        kw_args = {key: self._whole(value) if _is_real(value) else value for key, value in kw_args.items()}
+        return self._put(old_impl(input_ids, **kw_args), self.stream)
+
+    @non_conflict
+    def attention_forward(self, hidden_states: Tensor, mask: Any, *, old_impl: Hook, **kw_args: Any) -> Tensor:
+        """Sum what the processes' heads give."""
+        return self._put(old_impl(self._whole(hidden_states), mask, **kw_args), self.stream)
+
+    @non_conflict
+    def cross_attention_forward(
+        self, hidden_states: Tensor, cross_attention_mask: Any, encoder_outputs: Any, *, old_impl: Hook, **kw_args: Any
+    ) -> Tensor:
+        """Sum what the processes' heads give."""
+        attended = old_impl(self._whole(hidden_states), cross_attention_mask, encoder_outputs, **kw_args)
+        return self._put(attended, self.stream)
+
+    @non_conflict
+    def mlp_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Tensor:
+        """Sum what the processes' parts of the MLP give."""
+        return self._put(old_impl(self._whole(hidden_states), **kw_args), self.stream)
+
+    @non_conflict
+    def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Any:
+        """Give the head all positions."""
+        return old_impl(self._whole(hidden_states), **kw_args)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return self._put(x, Replicate())
+
+    def _put(self, x: Tensor, placement: Placement) -> Tensor:
+        spread = x if isinstance(x, DTensor) else DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
+        return spread.redistribute(self.mesh, (placement,))
+
+
+def share_products(model: Model, mesh: DeviceMesh, *, sequence_parallel: bool, shard_vocabulary: bool) -> None:
+    """Spread a model's parameters over the processes of `mesh` as `backbone.plan` says, and its computation with them.
+
+    Args:
+        model: With its mixins; alike on each process, or on the meta device.
+        mesh: One axis.
+        sequence_parallel: Whether each process keeps and normalises only its positions of the residual stream.
+        shard_vocabulary: Whether parameters with a row for each token are shared too.
+    """
+    _distribute(model, mesh, shared_dims(model, shard_vocabulary=shard_vocabulary))
+    for _, part in iterate_models(model):
+        part.add_mixin(NAME, TensorParallelMixin(mesh, sequence_parallel=sequence_parallel))
+
+
+def give_plain_tensors(model: Model) -> None:
+    """Let a model that is spread give its callers whole plain tensors; their gradients go back through them."""
+    model.register_forward_hook(lambda model, arguments, outputs: tree_map(_plain, outputs))
+
+
+@contextmanager
+def plain_tensors_are_whole() -> Iterator[None]:
+    """While entered, operations take plain tensors beside `DTensor`s, as the same on every process.
+
+    Forward and backward passes of a model that `share_products` spread run inside; in others it changes nothing.
+    """
+    if _INSIDE.get():
+        yield
+        return
+    token = _INSIDE.set(True)
+    try:
+        with implicit_replication():
+            yield
+    finally:
+        _INSIDE.reset(token)
+
+
+def _distribute(model: Model, mesh: DeviceMesh, dims: dict[str, int]) -> None:
+    """Put pieces in the places of parameters and buffers; what several modules share stays shared."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                piece = _parameter(parameter, mesh, dims.get(f"{path}.{name}"))
+                module.register_parameter(name, made.setdefault(id(parameter), piece))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not isinstance(buffer, DTensor):
+                module._buffers[name] = _piece(buffer, mesh, None)
+
+
+def _parameter(parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None) -> nn.Parameter:
+    """A piece with what was left on the parameter for the optimizer."""
+    piece = nn.Parameter(_piece(parameter.detach(), mesh, dim), requires_grad=parameter.requires_grad)
+    vars(piece).update(vars(parameter))
+    return piece
+
+
+def _piece(whole: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
+    placement = Replicate() if dim is None else Shard(dim)
+    piece = distribute_tensor(whole, mesh, (placement,), src_data_rank=None)
+    return piece if dim is None else piece.clone()  # a view would keep the whole in memory
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _plain(output: Any) -> Any:
+    return output.full_tensor() if isinstance(output, DTensor) else output

@@ -1,0 +1,172 @@
+"""What a run needs before its first step: data, a model that fits the processes, and ranks that agree on all of it."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from swissarmy.backbone.model import Model, iterate_models
+from swissarmy.backbone.parameters import freeze_except
+from swissarmy.core.errors import ConfigError
+from swissarmy.data.build import Loaders, build_loaders
+from swissarmy.data.loading.batches import Collate
+from swissarmy.data.prepare import CreateDataset
+from swissarmy.data.prepare import create_dataset as open_by_extension
+from swissarmy.data.samples.examples import Encoder
+from swissarmy.data.tokenizer import Tokenizer
+from swissarmy.training.config import TrainConfig
+from swissarmy.training.parallel.materialize import Weights, materialize
+from swissarmy.training.parallel.mesh import check_plan
+from swissarmy.training.parallel.parallelize import parallelize
+from swissarmy.training.precision import prepare_weights
+from swissarmy.training.ranks import Ranks
+
+
+def make_loaders(
+    config: TrainConfig,
+    model: Model,
+    ranks: Ranks,
+    tokenizer: Tokenizer | None,
+    create_dataset: CreateDataset | None,
+    encode: Encoder | None,
+    collate: Collate | None,
+) -> Loaders:
+    """The loaders of this rank.
+
+    Raises:
+        ConfigError: Sizes, data, tokenizer and model do not fit each other.
+        DataError: Data cannot be read.
+    """
+    sizes = config.batch_sizes(ranks.data_size)
+    *_, (_, decoder) = iterate_models(model)
+    loaders = build_loaders(
+        config,
+        tokenizer,
+        global_batch_size=sizes.global_batch_size,
+        accumulation=sizes.accumulation,
+        eval_batch_size=config.eval_batch_size,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
+        num_steps=config.train_iters,
+        epochs=config.epochs,
+        vocab_size=decoder.config.vocab_size or None,
+        create_dataset=create_dataset or open_by_extension,
+        encode=encode,
+        collate=collate,
+    )
+    assert loaders.train is not None, "the config refuses a run without train data"
+    return loaders
+
+
+def check_model(model: Model, config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse a model that does not fit the processes, or patterns that fit nothing in it; freeze what does not train.
+
+    Raises:
+        ConfigError: All that does not fit.
+    """
+    configs = [plain.config for _, plain in iterate_models(model)]
+    check_plan(config, configs, ranks.world_size, ranks.device.type)
+    if config.trainable:
+        freeze_except(model, config.trainable)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no parameter of the model trains: unfreeze some (requires_grad), or give `trainable`.")
+
+
+def check_ranks_agree(config: TrainConfig, model: Model, loaders: Loaders, ranks: Ranks) -> None:
+    """Refuse ranks that would not compute the same thing.
+
+    Raises:
+        ConfigError: With what differs, and on which rank.
+    """
+    if ranks.world_size == 1:
+        return
+    assert loaders.train is not None
+    shapes = [(name, tuple(each.shape), each.dtype, each.requires_grad) for name, each in model.named_parameters()]
+    evaluated = {name: loader for name, loader in (("valid", loaders.valid), ("test", loaders.test)) if loader}
+    ranks.check_agreement("the config", config.to_save())
+    ranks.check_agreement(
+        "the data",
+        {
+            **loaders.train.state_dict()["fingerprint"],
+            **{f"samples of {name}": loader.batches.order.num_samples for name, loader in evaluated.items()},
+        },
+    )
+    ranks.check_agreement(
+        "the model and the code",
+        {
+            "the model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+            "torch": torch.__version__,
+            "swissarmy": _hash_of_the_code(),
+        },
+    )
+
+
+def prepare_model(model: Model, config: TrainConfig, ranks: Ranks, weights: Weights | None) -> None:
+    """Bring a model to its device and precision, the same on every rank, and spread it over them."""
+    if weights is None:
+        if model.device != ranks.device:
+            model.to(ranks.device)
+        _copy_from_first(model, ranks)
+    prepare_weights(model, config)
+    parallelize(
+        model,
+        config,
+        ranks.mesh,
+        compile=config.compile,
+        activation_checkpointing=config.activation_checkpointing,
+        checkpoint_every_layers=config.checkpoint_every_layers,
+    )
+    if weights is not None:
+        materialize(model, weights, ranks.device)
+
+
+@contextmanager
+def in_training_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and the like are on inside; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
+@contextmanager
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers inside come from a seed, and those outside go on as if nothing had happened."""
+    with torch.random.fork_rng(
+        devices=[] if device.type == "cpu" else [device],
+        device_type="cuda" if device.type == "cpu" else device.type,
+    ):
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@torch.no_grad()
+def _copy_from_first(model: nn.Module, ranks: Ranks) -> None:
+    """Every rank starts from the first one's weights, as new weights may have been drawn differently."""
+    if ranks.world_size == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor, src=0)
+
+
+def _hash_of_the_code() -> str:
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    return code.hexdigest()[:16]

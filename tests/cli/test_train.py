@@ -1,0 +1,161 @@
+"""`sat train`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import swissarmy
+from swissarmy.cli.command import LaterOptions
+from swissarmy.cli.train import COMMAND
+from swissarmy.testing import TINY_CONFIGS
+
+LINES = ["once upon a time there was a tiny model", "a model that was tiny", "there was a time", "once a time"] * 8
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of lines."""
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(LINES) + "\n")
+    return file
+
+
+@pytest.fixture
+def flags(tmp_path: Path, tiny: Path, text: Path) -> list[object]:
+    """Three steps of a tiny GPT-2."""
+    sizes = ["--train-iters", 3, "--batch-size", 4, "--lr", 1e-2]
+    return ["train", "--model", tiny, "--train-data", text, "--output", tmp_path / "run", *sizes]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = (dict(swissarmy.load(folder).named_parameters()) for folder in (before, after))
+    return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
+
+
+def test_a_run_ends_with_a_model_that_every_command_takes(sat: Any, flags: list[object], tiny: Path) -> None:
+    code, out, err = sat(*flags, "--split", "90,10,0", "--no-live")
+    assert code == 0, err
+    assert "step 3/3" in out
+    folder = Path(str(flags[6]))
+    assert changed(tiny, folder / "final")
+    code, out, _ = sat("generate", folder / "final", "--prompt", "once", "--max-new-tokens", 2)
+    assert (code, out.endswith("\n")) == (0, True)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "evaluation"} <= {record["kind"] for record in records}
+
+
+def test_flags_win_over_the_file_and_the_written_config_runs_again(
+    sat: Any, tmp_path: Path, tiny: Path, text: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    values = {"model": str(tiny), "train_data": [str(text)], "batch_size": 4, "train_iters": 2, "lr": 3e-3, "seed": 5}
+    file.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "first")}))
+    code, _, err = sat("train", "--config", file, "--train-iters", 1)
+    assert code == 0, err
+    written = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert (written["train_iters"], written["lr"], written["seed"], written["objective"]) == (1, 3e-3, 5, "causal_lm")
+    assert not {"config", "traceback", "dry_run", "json"} & set(written)
+    code, _, err = sat("train", "--config", tmp_path / "first" / "config.yaml", "--output", tmp_path / "second")
+    assert code == 0, err
+    assert not changed(tmp_path / "first" / "final", tmp_path / "second" / "final")
+
+
+def test_new_weights_come_from_a_configuration_and_the_seed(sat: Any, tmp_path: Path, tiny: Path, text: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", **TINY_CONFIGS["gpt2"], "vocab_size": 100}))
+
+    def trained(name: str, *more: object) -> Path:
+        code, _, err = sat(
+            *("train", "--model-config", config, "--override", "vocab_size=270", "--tokenizer", tiny),
+            *("--train-data", text, "--output", tmp_path / name, "--train-iters", 1, "--batch-size", 4, *more),
+        )
+        assert code == 0, err
+        return tmp_path / name / "final"
+
+    first, again, other = trained("first"), trained("again"), trained("other", "--seed", 1)
+    assert not changed(first, again)
+    assert changed(first, other)
+    assert swissarmy.load(first).config.vocab_size == 270
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--lora-rank", 2],
+        ["--prefix-len", 3],
+        ["--mixin", "lora: {type: LoRAMixin, r: 2}", "second: {type: PrefixTuning, prefix_len: 2}"],
+    ],
+)
+def test_where_mixins_are_added_they_alone_train(sat: Any, flags: list[object], tiny: Path, how: list[object]) -> None:
+    code, _, err = sat(*flags, *how)
+    assert code == 0, err
+    final = Path(str(flags[6])) / "final"
+    assert changed(tiny, final)
+    assert all("mixins." in name and not name.startswith("mixins.position") for name in changed(tiny, final))
+    patterns = yaml.safe_load((final.parent / "config.yaml").read_text())["trainable"]
+    assert all(pattern.startswith("mixins.") for pattern in patterns)
+
+
+def test_mixins_in_a_file_have_a_type_and_its_options(
+    sat: Any, flags: list[object], tmp_path: Path, tiny: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("mixins:\n  change:\n    type: LoRAMixin\n    r: 2\n    alpha: 8\ntrainable: ['*']\n")
+    code, _, err = sat(*flags, "--config", file)
+    assert code == 0, err
+    final = Path(str(flags[6])) / "final"
+    assert swissarmy.load(final).get_mixin("change").saved_options["r"] == 2
+    assert any("mixins." not in name for name in changed(tiny, final))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mixin", "lora: {type: LoraMixin}"], r"mixins.lora: the library has no mixin of type 'LoraMixin'. Did you"),
+        (["--mixin", "lora: {type: LoRAMixin, rank: 2}"], r"mixins.lora \(LoRAMixin\): .*'rank'"),
+        (["--mixin", "lora"], r"mixin 'lora' is not as in"),
+        (["--override", "num_labels"], r"override 'num_labels' is not FIELD=VALUE"),
+        (["--model-config", "a.json"], r"give either model \(a checkpoint to start from\) or model_config"),
+        (["--epochs", "1"], "give either train_iters or epochs"),
+        (["--trainable", "mixins.lora"], "'mixins.lora' matches no parameter"),
+        (["--shard", "2"], "torchrun --nproc-per-node 2"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_first_step(
+    sat: Any, flags: list[object], more: list[object], message: str
+) -> None:
+    code, _, err = sat(*flags, *more)
+    assert code == 2, err
+    assert re.search(message, err)
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_is_there_is_not_overwritten(sat: Any, flags: list[object]) -> None:
+    assert sat(*flags)[0] == 0
+    code, _, err = sat(*flags)
+    assert (code, "holds a run: resume it (--resume auto)" in err) == (2, True)
+
+
+def test_missing_flags_and_files_are_usage(sat: Any, flags: list[object], tmp_path: Path) -> None:
+    assert sat("train")[0] == 2
+    code, _, err = sat(*flags, "--config", tmp_path / "none.yaml")
+    assert (code, "cannot read the config file" in err) == (2, True)
+
+
+def test_problems_of_a_file_are_in_one_report_with_lines(sat: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: x\nlr: fast\nbatchsize: 3\n")
+    code, _, err = sat("train", "--config", file)
+    assert code == 2
+    assert f"{file}:2: lr: expected a number, not 'fast'." in err
+    assert f"{file}:3: unknown key 'batchsize'. Did you mean 'batch_size'?" in err
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    assert isinstance(COMMAND.options, LaterOptions)
+    assert COMMAND.options_class.__name__ == "TrainOptions"

@@ -1,0 +1,79 @@
+"""The rows of the matrix, and what cannot be combined, with the reason: everything else is generated from these."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+
+import swissarmy as sat
+from swissarmy.testing import TINY_CONFIGS, Addition
+
+TWO_ADAPTERS = {
+    "a": {"class": "AdapterMixin", "options": {"bottleneck_size": 3}},
+    "b": {"class": "CompacterMixin", "options": {}},
+}
+
+ROWS: Mapping[str, Addition] = {
+    "adapters": Addition(sat.AdapterMixin, same_at_start=True),
+    "AdapterFusion": Addition(sat.AdapterFusionMixin, {"adapters": TWO_ADAPTERS}, same_at_start=True),
+    "ALiBi": Addition(sat.ALiBiMixin),
+    "attention soft-cap": Addition(sat.AttentionSoftcapMixin, {"cap": 2.0}),
+    "Compacter": Addition(sat.CompacterMixin, same_at_start=True),
+    "DoRA, PiSSA": Addition(sat.LoRAMixin, {"r": 2, "dora": True, "init": "pissa"}, same_at_start=True),
+    "embedding scale": Addition(sat.EmbeddingScaleMixin, {"scale": 0.5}),
+    "FFADD": Addition(sat.FFADDMixin, {"num_neurons": 3}, same_at_start=True),
+    "hidden states": Addition(sat.HiddenStatesMixin, same_at_start=True),
+    "key-value cache": Addition(sat.CachedAutoRegressiveMixin, same_at_start=True),
+    "logit soft-cap": Addition(sat.LogitSoftcapMixin, {"cap": 3.0}),
+    "LoRA": Addition(sat.LoRAMixin, {"r": 2, "targets": "*"}, same_at_start=True),
+    "LoReFT": Addition(sat.LoReFTMixin, {"rank": 2, "first": 3}),
+    "mixture of experts": Addition(sat.MixtureOfExpertsMixin, {"num_experts": 3}),
+    "prefix-tuning": Addition(sat.PrefixTuningMixin, {"prefix_len": 3}),
+    "QK-norm": Addition(sat.QKNormMixin),
+    "reduced weights": Addition(sat.ReducedWeightsMixin, {"kind": "fp16"}),
+    "relative position bias": Addition(sat.RelativePositionBiasMixin, {"num_buckets": 8}),
+    "rotary": Addition(sat.RotaryMixin),
+    "sliding window": Addition(sat.SlidingWindowMixin, {"window": 4}),
+    "token types": Addition(sat.TokenTypesMixin),
+}
+"""A mixin by the name of its method, as it is put to the checks."""
+
+NOT_ON_TOP: Mapping[str, str] = {
+    "ClassificationHeadMixin": "replaces the head; tested with the families that have it",
+    "InterpolatedPositionsMixin": "replaces the positions of ViT; tested with it",
+    "LMHeadMixin": "replaces the head; tested with the families that have it",
+    "LearnedPositionsMixin": "replaces the positions; tested with the families that have them",
+    "MLMHeadMixin": "replaces the head; tested with the families that have it",
+    "MLPHeadMixin": "replaces the head; tested in tests/mixins/test_mlp_head.py",
+    "NoHeadMixin": "replaces the head; tested with the families that have it",
+    "PatchEmbeddingMixin": "replaces the word embedding; tested with ViT",
+    "PoolerMixin": "replaces the head; tested with the families that have it",
+}
+"""Exported mixins that are no row, and why."""
+
+FAMILIES = tuple(sorted(TINY_CONFIGS))
+
+EXCLUDED: Mapping[tuple[str, str], str] = {
+    ("rotary", "llama"): "it has rotary positions already, and a key is rotated once",
+    ("rotary", "gemma3_text"): "it has rotary positions already, and a key is rotated once",
+    ("LoRA", "mixture of experts"): "experts take the place of the MLP, whose LoRA then has no part in anything",
+    ("mixture of experts", "reduced weights"): "the experts' own weights are reduced too, and have no gradient then",
+}
+"""A row and a family, or two rows."""
+
+NOT_CHECKED: Mapping[tuple[str, str], str] = {}
+"""A row and a check."""
+
+
+def singles() -> Iterator[tuple[str, str]]:
+    """Family and row."""
+    for row in ROWS:
+        yield from ((family, row) for family in FAMILIES if (row, family) not in EXCLUDED)
+
+
+def pairs() -> Iterator[tuple[str, str, str]]:
+    """Family and two rows of different classes."""
+    for first, second in combinations(ROWS, 2):
+        if ROWS[first].kind is ROWS[second].kind or {(first, second), (second, first)} & set(EXCLUDED):
+            continue
+        for family in FAMILIES:
+            if (first, family) not in EXCLUDED and (second, family) not in EXCLUDED:
+                yield family, first, second

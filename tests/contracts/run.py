@@ -1,0 +1,47 @@
+"""The whole matrix: every mixin and every pair of mixins on every family, through every check; writes the page.
+
+    make contracts
+
+Exit code 1 if anything fails; the failures are printed, and stand on the page.
+"""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from rich.progress import Progress
+
+from swissarmy.testing import SHARDED_CHECKS
+from tests.contracts.matrix import Case, Result, all_cases, run_here, run_sharded
+from tests.contracts.page import PAGE, as_json, write
+
+AT_ONCE = 400
+"""Cases of a call to two processes."""
+
+
+def run_all(cases: list[Case], progress: Progress) -> Iterator[Result]:
+    """Every result; what one process can do in two at a time."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for results in progress.track(pool.map(run_here, cases, chunksize=8), len(cases), description="one process"):
+            yield from results
+    for check in SHARDED_CHECKS:
+        takers = [case for case in cases if check in case.checks]
+        for start in progress.track(range(0, len(takers), AT_ONCE), description=check):
+            yield from run_sharded(check, takers[start : start + AT_ONCE])
+
+
+def main() -> int:
+    """Run, write, and say what failed."""
+    with Progress() as progress:
+        results = list(run_all(list(all_cases()), progress))
+    found = as_json(results)
+    write(found)
+    for where, problem in found["failures"].items():
+        print(f"{where}: {problem}")
+    print(f"{len(results)} checks, {len(found['failures'])} failed; see {PAGE}")
+    return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""A model over several processes computes what it computes alone: losses, logits, gradients, in float64, over steps.
+
+The slice that `make test` runs; `make distributed` runs every plan.
+"""
+
+import pytest
+
+from swissarmy.testing import run_distributed
+from tests.distributed.cases import FAMILIES, Case, Plan, compare
+
+FAMILY_CASES = [Case(family, mixins) for family in FAMILIES for mixins in ((), ("prefix", "lora"))]
+USER_CASES = [
+    Case("gpt2", ("talking-heads", "gate")),
+    Case("llama", ("talking-heads", "experts", "router")),
+    Case("t5", ("gate",)),
+    Case("bert", ("prefix", "lora"), frozen=True),
+]
+"""Mixins that a user wrote, experts, and a frozen model under mixins that train."""
+TWO = [
+    Plan({"data": 2}),
+    Plan({"shard": 2}, checkpointing="full", accumulation=2),
+    Plan({"tensor_parallel": 2, "sequence_parallel": True}, checkpointing="selective"),
+    Plan({"tensor_parallel": 2, "shard_vocabulary": False}, accumulation=2),
+]
+FOUR = [
+    Plan({"shard": 2, "tensor_parallel": 2}),
+    Plan({"data": 2, "shard": 2}),
+    Plan({"tensor_parallel": 2, "sequence_parallel": True}, checkpointing="full", accumulation=2),
+    Plan({"tensor_parallel": 4, "sequence_parallel": True}),
+]
+
+
+def problems(processes: int, plans: list[Plan], cases: list[Case]) -> list[str]:
+    return [line for lines in run_distributed(compare, processes, plans, cases, timeout=1000.0) for line in lines]
+
+
+def test_two_processes_compute_what_one_computes() -> None:
+    assert problems(2, [Plan({"shard": 2}), Plan({"tensor_parallel": 2})], [*FAMILY_CASES, *USER_CASES]) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("plan", TWO, ids=str)
+def test_two_processes_compute_what_one_computes_by_every_plan(plan: Plan) -> None:
+    assert problems(2, [plan], [*FAMILY_CASES, *USER_CASES]) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("plan", FOUR, ids=str)
+def test_four_processes_compute_what_one_computes(plan: Plan) -> None:
+    cases = [
+        case
+        for case in (*FAMILY_CASES, *USER_CASES)
+        if plan.options.get("tensor_parallel") != 4 or case.family != "llama"
+    ]
+    assert problems(4, [plan], cases) == []

@@ -1,0 +1,134 @@
+"""Callbacks: when they are called, and what they may decide."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
+from swissarmy.training.callbacks.early_stop import EarlyStop
+from tests.training.tiny_runs import Diary, run, with_nan_in
+
+
+def test_the_order_of_a_run(tmp_path: Path) -> None:
+    diary = Diary()
+    run(
+        tmp_path / "run",
+        forward_step=with_nan_in({2}),
+        callbacks=[diary],
+        valid_data=("rows:2",),
+        eval_interval=2,
+        save_interval=2,
+        train_iters=3,
+    )
+    assert diary.entries == ("start/step 1/skip 2/step 2/valid 2/save 2/step 3/valid 3/save 3/end".split("/"))
+
+
+def test_callbacks_are_called_in_their_order_before_the_stock_ones(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Named(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_step(self, run: Run, report: StepReport) -> None:
+            calls.append(f"{self.name} {report.step}")
+
+        def on_evaluate(self, run: Run, evaluation: Evaluation) -> None:
+            calls.append(f"{self.name} hears")
+
+    run(tmp_path / "run", callbacks=[Named("a"), Named("b")], valid_data=("rows:2",), eval_interval=1, train_iters=1)
+    assert calls == ["a 1", "b 1", "a hears", "b hears"]
+
+
+def test_a_callback_ends_the_run(tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_step(self, run: Run, report: StepReport) -> None:
+            if report.step == 2:
+                run.stop("it is enough")
+
+    diary = Diary()
+    result = run(tmp_path / "run", callbacks=[Enough(), diary], train_iters=9, valid_data=("rows:2",))
+    assert (result.step, result.stop_reason, result.signal) == (2, "it is enough", None)
+    assert diary.entries[-2:] == ["valid 2", "end"]
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_all_callbacks_hear_of_a_failure(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_step(self, run: Run, report: StepReport) -> None:
+            raise RuntimeError("no")
+
+    before, after = Diary(), Diary()
+    with pytest.raises(RuntimeError, match="no"):
+        run(tmp_path / "run", callbacks=[before, Failing(), after])
+    assert before.entries == ["start", "step 1", "end with RuntimeError"]
+    assert after.entries == ["start", "end with RuntimeError"]
+
+
+def test_a_callback_that_fails_at_the_end_hides_neither_the_error_nor_the_end(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_step(self, run: Run, report: StepReport) -> None:
+            raise RuntimeError("first")
+
+        def on_end(self, run: Run, error: BaseException | None) -> None:
+            raise ValueError("second")
+
+    after = Diary()
+    with pytest.raises(RuntimeError, match="first"):
+        run(tmp_path / "run", callbacks=[Failing(), after])
+    assert after.entries == ["start", "end with RuntimeError"]
+
+
+def test_a_run_that_no_longer_gets_better_ends(tmp_path: Path) -> None:
+    diary = Diary()
+    result = run(
+        tmp_path / "run",
+        callbacks=[diary],
+        lr=10.0,
+        clip_grad_norm=None,
+        train_iters=50,
+        valid_data=("rows:5",),
+        eval_interval=1,
+        early_stopping=3,
+    )
+    losses = [evaluation.loss for evaluation in diary.evaluations if evaluation.name == "valid"]
+    assert len(losses) == result.step < 50
+    assert min(losses) == losses[-4]
+    assert result.stop_reason == f"3 evaluations without a loss below {min(losses):.6g}"
+
+
+def test_early_stopping_goes_on_counting_after_a_checkpoint() -> None:
+    first, second = EarlyStop(3), EarlyStop(3)
+    first.without_improvement = 2
+    second.load_state_dict(first.state_dict())
+    assert second.without_improvement == 2
+
+
+def test_the_state_of_a_run_travels(tmp_path: Path) -> None:
+    class Counting(Callback):
+        def __init__(self) -> None:
+            self.seen = 0
+            self.saved: dict[str, Any] = {}
+
+        def on_step(self, run: Run, report: StepReport) -> None:
+            self.seen += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.seen = state["seen"]
+
+        def on_end(self, run: Run, error: BaseException | None) -> None:
+            self.saved = run.state_dict()
+            other = Counting()
+            run.callbacks = (other,)
+            run.skipped = run.skipped_in_a_row = 0
+            run.load_state_dict(self.saved)
+            assert (other.seen, run.skipped) == (4, 1)
+
+    counting = Counting()
+    run(tmp_path / "run", callbacks=[counting], train_iters=4, forward_step=with_nan_in({2}))
+    assert counting.saved["skipped"] == 1
+    assert counting.saved["callbacks"]["Counting"] == {"seen": 4}

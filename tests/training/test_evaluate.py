@@ -1,0 +1,101 @@
+"""Evaluation: every sample once, in evaluation mode, with the same numbers however it is cut."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swissarmy.data.build import build_loaders
+from swissarmy.data.config import DataConfig
+from swissarmy.data.loading.loader import Loader
+from swissarmy.training.evaluate import evaluate, perplexity
+from tests.training.tiny_runs import Diary, model_of, open_rows, run, step
+
+
+def loader_of(rows: int = 11, batch_size: int = 4) -> Loader:
+    config = DataConfig(valid_data=(f"rows:{rows}",), record_format="tokens")
+    loaders = build_loaders(config, global_batch_size=batch_size, create_dataset=open_rows)
+    assert loaders.valid is not None
+    return loaders.valid
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 11, 16])
+def test_the_number_does_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model = model_of()
+    expected, sums = (
+        evaluate(model, loader_of(batch_size=5), step),
+        evaluate(model, loader_of(batch_size=batch_size), step),
+    )
+    assert sums.mean_loss == pytest.approx(expected.mean_loss, rel=1e-13)
+    assert (sums.count, sums.samples, sums.tokens) == (expected.count, 11, expected.count + 11)
+    assert sums.mean_metrics == pytest.approx(expected.mean_metrics)
+
+
+def test_it_is_the_sum_over_single_samples() -> None:
+    model = model_of()
+    with torch.no_grad():
+        singles = [step(batch, model) for batch in loader_of(batch_size=1)]
+    sums = evaluate(model, loader_of(), step)
+    assert sums.loss == pytest.approx(sum(float(loss) for loss, *_ in singles), rel=1e-13)
+    assert sums.count == sum(int(count) for _, count, _ in singles)
+
+
+def test_so_many_batches_and_no_more() -> None:
+    assert evaluate(model_of(), loader_of(), step, max_batches=2).samples == 8
+
+
+def test_dropout_is_off_inside_and_on_again_afterwards() -> None:
+    model = model_of(resid_pdrop=0.5)
+    expected = evaluate(model, loader_of(), step).loss
+    assert evaluate(model.train(), loader_of(), step).loss == expected
+    assert model.training
+
+
+def test_perplexity_is_of_losses_per_token_only() -> None:
+    def per_sample(batch: dict[str, Tensor], model: Any) -> Any:
+        return step(batch, model)[0], len(batch["input_ids"])
+
+    sums = evaluate(model_of(), loader_of(), step)
+    assert perplexity(sums) == pytest.approx(math.exp(sums.loss / sums.count))
+    assert perplexity(evaluate(model_of(), loader_of(), per_sample)) is None
+
+
+def test_an_evaluation_that_nothing_counts_in_has_sums_of_zero() -> None:
+    assert (sums := evaluate(model_of(), loader_of(), step, max_batches=0)).count == sums.loss == 0
+
+
+def test_a_run_evaluates_at_intervals_and_at_the_end(tmp_path: Path) -> None:
+    diary, model = Diary(), model_of()
+    settings: dict[str, Any] = {"valid_data": ("rows:11",), "test_data": ("rows:5",), "eval_interval": 2}
+    result = run(tmp_path / "run", model=model, callbacks=[diary], train_iters=5, **settings)
+    places = [f"{each.name} {each.step}" for each in diary.evaluations]
+    assert places == ["valid 2", "valid 4", "valid 5", "test 5"]
+    expected = evaluate(model, loader_of(11), step)
+    assert result.evaluations["valid"].loss == pytest.approx(expected.mean_loss, rel=1e-13)
+    assert result.evaluations["valid"].metrics["accuracy"] == pytest.approx(expected.mean_metrics["accuracy"])
+    assert result.evaluations["test"].count == evaluate(model, loader_of(5), step).count
+
+
+def test_without_an_interval_it_evaluates_at_the_end(tmp_path: Path) -> None:
+    diary = Diary()
+    run(tmp_path / "run", callbacks=[diary], split="80,20,0")
+    assert [f"{each.name} {each.step}" for each in diary.evaluations] == ["valid 3"]
+
+
+def test_evaluating_changes_nothing_in_the_run(tmp_path: Path) -> None:
+    silent, watched = Diary(), Diary()
+    model: dict[str, Any] = {"resid_pdrop": 0.3}
+    run(tmp_path / "silent", model=model_of(**model), callbacks=[silent])
+    run(tmp_path / "watched", model=model_of(**model), callbacks=[watched], valid_data=("rows:9",), eval_interval=1)
+    assert [report.loss for report in silent.reports] == [report.loss for report in watched.reports]
+
+
+def test_evaluation_is_with_the_averaged_weights(tmp_path: Path) -> None:
+    import swissarmy as sat
+
+    result = run(tmp_path / "run", valid_data=("rows:11",), ema_decay=0.9, lr=1e-2)
+    averaged = sat.load(tmp_path / "run" / "final")
+    assert result.evaluations["valid"].loss == pytest.approx(evaluate(averaged, loader_of(), step).mean_loss, rel=1e-12)

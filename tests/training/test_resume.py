@@ -1,0 +1,213 @@
+"""Runs that are broken off and go on, through `train` itself."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from swissarmy.core.errors import CheckpointError
+from swissarmy.data.loading.loader import FingerprintError
+from swissarmy.testing import run_distributed
+from swissarmy.training.callbacks.base import Callback, Run, StepReport
+from tests.training.resumable_runs import STEPS, in_a_child, killed_run, outcome, random_run
+from tests.training.survives import sweep
+from tests.training.tiny_runs import largest_difference, model_of, run, step
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, number: int, action: Callable[[Run], object]) -> None:
+        self.number, self.action = number, action
+
+    def on_step(self, run: Run, report: StepReport) -> None:
+        if report.step == self.number:
+            self.action(run)
+
+
+def sent(number: int) -> Callable[[Any, Any], Any]:
+    """A forward step that gets a signal in its fifth call, which is in the third step."""
+    calls = 0
+
+    def interrupted(batch: Any, model: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), number)
+        return step(batch, model)
+
+    return interrupted
+
+
+# N + N steps are 2 N steps
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody breaks off."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    random_run(folder)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(workers: int, whole: Path, tmp_path: Path) -> None:
+    random_run(tmp_path / "run", callbacks=[At(3, lambda run: run.stop("enough"))], num_workers=workers)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "3\n"
+    result = random_run(tmp_path / "run", num_workers=2 - workers)
+    assert result.step == STEPS
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_the_run_ends_with_the_same_bits(
+    number: signal.Signals, whole: Path, tmp_path: Path
+) -> None:
+    result = random_run(tmp_path / "run", forward_step=sent(number), save_interval=None)
+    assert (result.step, result.signal) == (3, number)
+    assert not (tmp_path / "run" / "final").exists()
+    random_run(tmp_path / "run", resume="must")
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_bits(adapters: bool, tmp_path: Path) -> None:
+    lines = list(sweep(tmp_path, 2 if adapters else 3, seed=1, adapters=adapters))
+    assert all(line.endswith("the same bits") for line in lines)
+
+
+def test_a_run_that_is_killed_with_workers_leaves_no_lock(whole: Path, tmp_path: Path) -> None:
+    assert in_a_child(killed_run, tmp_path / "run", 300, {"num_workers": 2}) == -signal.SIGKILL
+    random_run(tmp_path / "run", num_workers=2)
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(whole: Path) -> None:
+    before = outcome(whole)
+    result = random_run(whole)
+    assert (result.step, outcome(whole)) == (STEPS, before)
+
+
+# What changed meanwhile
+
+
+def test_another_learning_rate_and_length_are_taken_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random_run(tmp_path / "run", train_iters=2)
+    with caplog.at_level(logging.WARNING):
+        result = random_run(tmp_path / "run", train_iters=4, lr=5e-3)
+    assert result.step == 4
+    assert "lr was 0.01 and is 0.005" in caplog.text
+    assert "train_iters was 2 and is 4" in caplog.text
+
+
+def test_other_data_is_refused_unless_it_is_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random_run(tmp_path / "run", train_iters=2)
+    with pytest.raises(FingerprintError, match="the data is not that of the checkpoint at step 2(.|\n)*allow-data"):
+        random_run(tmp_path / "run", train_data=("rows:40", "rows:24"))
+    random_run(tmp_path / "run", train_data=("rows:40", "rows:24"), allow_data_change=True)
+    assert "resuming at step 2 although the data changed" in caplog.text
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run", train_iters=2, save_interval=2)
+    with pytest.raises(CheckpointError, match="of another model or optimizer; nothing was loaded"):
+        run(tmp_path / "run", model=model_of(n_embd=64), train_iters=4, resume="auto")
+
+
+def test_there_must_be_something_to_resume_where_there_must(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no step to resume from"):
+        run(tmp_path / "run", resume="must")
+
+
+# Other numbers of ranks
+
+
+class Order(Callback):
+    """Which rows each step saw on this rank; the first token of a row is its number."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[int]] = {}
+        self._rows: list[int] = []
+
+    def step(self, batch: dict[str, Tensor], model: Any) -> Any:
+        self._rows += batch["input_ids"][:, 0].tolist()
+        return step(batch, model)
+
+    def on_step(self, run: Run, report: StepReport) -> None:
+        self.seen[report.step], self._rows = self._rows, []
+
+
+def run_to(folder: Path, end: int) -> tuple[dict[int, list[int]], dict[str, Tensor]]:
+    """Go on to a step; the rows of each step, and the weights."""
+    order, model = Order(), model_of()
+    run(
+        folder,
+        model=model,
+        forward_step=order.step,
+        callbacks=[order, At(end, lambda run: run.stop("enough"))],
+        train_iters=8,
+        save_interval=100,
+        resume="auto",
+    )
+    return order.seen, {name: each.detach().clone() for name, each in model.named_parameters()}
+
+
+def ranks_to(rank: int, world_size: int, folder: str, end: int) -> dict[int, list[int]]:
+    return run_to(Path(folder), end)[0]
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_samples(tmp_path: Path) -> None:
+    expected, weights = run_to(tmp_path / "one", 8)
+    folder, seen = tmp_path / "many", {number: list[int]() for number in expected}
+    for world_size, end in ((4, 2), (2, 4), (1, 6), (2, 7)):
+        for each in run_distributed(ranks_to, world_size, str(folder), end):
+            for number, rows in each.items():
+                seen[number] += rows
+    last, resumed = run_to(folder, 8)
+    seen[8] += last[8]
+    assert {number: sorted(rows) for number, rows in seen.items()} == {
+        number: sorted(rows) for number, rows in expected.items()
+    }
+    assert largest_difference(resumed, weights) < 1e-12
+
+
+# Launched by torchrun
+
+RESTARTED = """
+import os, signal, sys
+from pathlib import Path
+from tests.training.tiny_runs import run, step
+calls = 0
+def dying(batch, model):
+    global calls
+    calls += 1
+    if calls == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(batch, model)
+result = run(Path(sys.argv[1]), forward_step=dying, train_iters=5, save_interval=2, save_async=False, resume="auto")
+print("ended at", result.step, "after", calls, "calls", flush=True)
+"""
+
+
+def test_a_rank_that_dies_ends_all_and_the_restart_resumes(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(RESTARTED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--max-restarts", "1", str(tmp_path / "script.py"), str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("ended at 5 after 3 calls") == 2
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 5
+    straight = tmp_path / "straight"
+    run(straight, train_iters=5)
+    ends = [(folder / "final" / "model.safetensors").stat().st_size for folder in (tmp_path / "run", straight)]
+    assert ends[0] == ends[1]
