@@ -115,6 +115,7 @@ def trainer(work: Work, folder: str, steps: int, *, compile: bool = False, by_le
             self.began, seconds = time.perf_counter(), time.perf_counter() - self.began
             outcome.seconds.append(seconds)
             if state.global_step == steps:
+                del outcome.tokens[steps:]  # its loader reads one batch ahead
                 outcome.end()
 
         def on_log(self, arguments: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:

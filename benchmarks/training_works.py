@@ -52,6 +52,8 @@ class Work:
         if self.task == "causal":
             rows = torch.randint(100, vocab, (self.batch, self.length), generator=generator)
             return [{"input_ids": row.tolist()} for row in rows]
+        if self.task == "verses":
+            return [{"input_ids": ids} for ids, _ in verses(vocab)]
         return [{"input_ids": ids, "labels": label} for ids, label in verses(vocab)]
 
 

@@ -258,7 +258,8 @@ class BaseModel(Model):
 
     def with_mixin(self, name: str, mixin: BaseMixin) -> Self:
         """A second model on the same backbone and mixins, with one more; this model stays as it is."""
-        view = copy.copy(self)
+        view = object.__new__(type(self))  # as copy.copy does, which a sharded model's class does not let through
+        view.__setstate__(self.__getstate__())
         view._modules = {**self._modules, "mixins": nn.ModuleDict(dict(self.mixins.items()))}
         return view.add_mixin(name, mixin)
 

@@ -124,11 +124,10 @@ def collator_for(record_format: RecordFormat, config: DataConfig, tokenizer: Tok
         return default_collate
     if record_format == "images":
         return ImageCollator()
-    pad_id = _pad_id(tokenizer)
     if config.packing:
         assert config.sequence_length is not None, "the config refuses packing without it"
-        return PackedCollator(length=config.sequence_length, pad_id=pad_id)
-    padding = Padding(pad_id=pad_id, side=config.padding_side, pad_to_multiple=config.pad_to_multiple)
+        return PackedCollator(length=config.sequence_length, pad_id=_pad_id(tokenizer))
+    padding = padding_for(config, tokenizer)
     match record_format:
         case "seq2seq":
             return Seq2SeqCollator(padding=padding)
@@ -136,6 +135,12 @@ def collator_for(record_format: RecordFormat, config: DataConfig, tokenizer: Tok
             return ClassificationCollator(padding=padding)
         case _:
             return CausalCollator(padding=padding)
+
+
+def padding_for(config: DataConfig, tokenizer: Tokenizer | None) -> Padding:
+    """How rows of tokens become a rectangle."""
+    pad_id = _pad_id(tokenizer)
+    return Padding(pad_id=pad_id, side=config.padding_side, pad_to_multiple=config.pad_to_multiple)
 
 
 def _pad_id(tokenizer: Tokenizer | None) -> int:

@@ -12,7 +12,7 @@ Parameters: `embedding.weight` `[prompt_len, h]`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self, final
 
 import torch
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
-from swissarmy.core.errors import ConfigError
+from swissarmy.core.errors import ConfigError, HookCallError
 from swissarmy.core.hooks import RESERVED, Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin, MixinHost
 from swissarmy.core.outputs import Outputs
-from swissarmy.nn.masks import Causal, Full, Mask
+from swissarmy.nn.masks import Causal, Documents, Full, Mask
 
 NOWHERE = 2**31 - 1
 """What stands in `position_ids` for a prompt, for mixins that choose tokens by position."""
@@ -251,6 +251,11 @@ class PromptMixin(BaseMixin, ABC):
             "padding_mask": None if padding is None else self._padded(padding, 1),
             "position_ids": self._padded(ids, NOWHERE),
         }
+        if _tells_documents_apart(mask):
+            raise HookCallError(
+                "a prompt before packed documents would carry what it reads in one to the others, in a model that sees "
+                "in both directions: give each document a row of its own."
+            )
         states = kw_args.get("prompt_states", prompt.states.expand(len(hidden_states), -1, -1))
         mask = mask if isinstance(mask, Full) else Prompted(mask, self.prompt_len)
         both: Tensor = old_impl(torch.cat((states.to(hidden_states.dtype), hidden_states), dim=1), mask, **call)
@@ -297,6 +302,11 @@ class PromptTuningMixin(PromptMixin):
         with torch.no_grad():
             self.embedding.weight.copy_(word_embeddings.weight[ids.to(word_embeddings.weight.device)])
         return self
+
+
+def _tells_documents_apart(mask: Mask) -> bool:
+    inner = [getattr(mask, each.name) for each in fields(mask)]
+    return isinstance(mask, Documents) or any(_tells_documents_apart(each) for each in inner if isinstance(each, Mask))
 
 
 def _is_remembered(mems: Any, layer_id: int = 0) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from swissarmy.core.config import Config
 from swissarmy.data.loading.loader import Loader
@@ -66,6 +67,7 @@ def evaluate(
     ranks, precision = ranks or Ranks(), precision or PrecisionOptions()
     totals = Accumulator(ranks)
     with ExitStack() as contexts:
+        contexts.callback(reshard, model)
         contexts.enter_context(in_eval_mode(model))
         contexts.enter_context(torch.no_grad())
         contexts.enter_context(autocast(precision, ranks.device.type))
@@ -76,6 +78,13 @@ def evaluate(
             else:
                 totals.add({}, torch.zeros(()), 0, dict.fromkeys(metrics, (0.0, 0.0)))
     return totals.sums()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered parameters. Without a backward pass they stay, and hide what is done to the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def perplexity(sums: Sums) -> float | None:

@@ -143,6 +143,24 @@ def masks_by_head_are_shared_too(rank: int) -> None:
         torch.testing.assert_close(model(ids, attention_mask=mask)[0], alone)
 
 
+def processes_draw_dropout_together(rank: int) -> None:
+    """Each process is given the same seed; what is whole on each must be dropped alike."""
+    options = ParallelOptions(tensor_parallel=2, sequence_parallel=True)
+    for plan, length in ((TENSOR, 5), (options, 6)):
+        model = make(Case("gpt2", ("lora",), changes={"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}))
+        parallelize(model, plan, make_mesh(plan, "cpu"))
+        torch.manual_seed(0)
+        with plain_tensors_are_whole():
+            for _ in range(2):
+                model(torch.arange(2 * length).view(2, length))[0].square().sum().backward()
+        own = torch.cat([torch.rand(1).double(), model.get_parameter("transformer.final_norm.bias").grad.to_local()])
+        both = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(both, own)
+        assert torch.equal(*both)
+    with plain_tensors_are_whole(), pytest.raises(sat.SwissArmyError, match=r"5 positions.*2 processes.*dropout"):
+        model(torch.arange(10).view(2, 5))
+
+
 def what_cannot_be_spread_is_refused(rank: int) -> None:
     model = tiny_model("gpt2")
     model.add_mixin("reduced", sat.ReducedWeightsMixin.for_model(model, kind="int8"))
@@ -166,6 +184,7 @@ CHECKS = (
     callers_give_and_get_plain_tensors,
     the_mixin_shows_in_explain,
     masks_by_head_are_shared_too,
+    processes_draw_dropout_together,
     what_cannot_be_spread_is_refused,
 )
 

@@ -127,3 +127,10 @@ def test_what_cannot_be_is_refused() -> None:
     model.add_mixin("one", mixin).add_mixin("two", sat.PromptTuningMixin.for_model(model))
     with pytest.raises(HookCallError, match=r"is written by '(one|two)' and by"):
         model(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_a_prompt_that_would_read_several_packed_documents_is_refused() -> None:
+    model = prompted("bert")
+    documents = sat.Documents(torch.tensor([[0, 0, 1, 1]]))
+    with pytest.raises(HookCallError, match="give each document a row of its own"):
+        model(torch.ones(1, 4, dtype=torch.long), attention_mask=sat.Full() & documents)

@@ -91,6 +91,8 @@ def on_two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "equal": outcome(folder / "equal"),
         "sharded": outcome(folder / "sharded", shard=2),
         "accumulated": outcome(folder / "accumulated", accumulation=2),
+        "averaged": outcome(folder / "averaged", shard=2, ema_decay=0.5, eval_interval=1, lr=1e-2),
+        "averaged_copies": outcome(folder / "averaged_copies", ema_decay=0.5, eval_interval=1, lr=1e-2),
         "other_start": outcome(folder / "other_start", model=model_of(seed=rank)),
         "nan": outcome(folder / "nan", forward_step=broken),
         "terminated": outcome(folder / "terminated", callbacks=[SignalItself()], train_iters=9),
@@ -108,13 +110,21 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_distributed(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return outcome(tmp_path_factory.mktemp("alone") / "run")
-
-
-@pytest.mark.parametrize("name", ["equal", "sharded", "accumulated", "other_start"])
-def test_two_ranks_compute_what_one_does(both: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("equal", {}),
+        ("sharded", {}),
+        ("accumulated", {}),
+        ("other_start", {}),
+        ("averaged", {"ema_decay": 0.5, "eval_interval": 1, "lr": 1e-2}),
+        ("averaged_copies", {"ema_decay": 0.5, "eval_interval": 1, "lr": 1e-2}),
+    ],
+)
+def test_two_ranks_compute_what_one_does(
+    both: list[dict[str, Any]], tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    alone = outcome(tmp_path / "alone", **options)
     for each in (rank[name] for rank in both):
         assert largest_difference(each["weights"], alone["weights"]) < 1e-12
         for numbers in ("losses", "norms", "metrics"):

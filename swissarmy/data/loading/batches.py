@@ -3,6 +3,9 @@
 A step has one global batch: the next `global_batch_size` samples of the order. It is cut into accumulation * world_size
 slices of equal size; micro-batch m of rank r is slice m * world_size + r. So the global batch is the same for every
 number of ranks, and two micro-batches on one rank read what two ranks read in one.
+
+Each sample carries its number in the run as `sample_ids`, and so does a batch that is a dict, `[b]` int64: what is done
+to a sample at random is a function of it (`data/objectives`), and a report can name records.
 """
 
 import itertools
@@ -11,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
@@ -65,6 +69,8 @@ class Ask(NamedTuple):
 class Located(NamedTuple):
     """Where the samples of a micro-batch are."""
 
+    numbers: Indices
+    """`[n]`, of the samples."""
     places: Places
     """In the order."""
     rows: Indices
@@ -113,7 +119,8 @@ class Batches(Dataset[Fetched]):
         """
         skipped: list[str] = []
         try:
-            return Fetched(self.collate(self._samples(ask, skipped)), skipped, None)
+            samples = self._samples(ask, skipped)
+            return Fetched(_numbered(self.collate(samples), samples), skipped, None)
         except RecordError as error:
             return Fetched(None, skipped, RecordError(f"{error}{_worker()}"))
         except LoaderError:
@@ -172,18 +179,19 @@ class Batches(Dataset[Fetched]):
             places = self.order.places(np.concatenate(numbers))
             ends = np.cumsum([len(each) for each in numbers])[:-1]
             parts, passes, positions, rows = (np.split(each, ends) for each in (*places, self.order.rows(places)))
-            found = map(Located, map(Places, parts, passes, positions), rows)
+            found = map(Located, numbers, map(Places, parts, passes, positions), rows)
             self._latest_block.clear()
             self._latest_block.update(zip(asked, found, strict=True))
         return self._latest_block[step, micro]
 
     def _samples(self, ask: Ask, skipped: list[str]) -> Samples:
-        places, rows = self._located(ask.step, ask.micro)
-        samples = [
+        numbers, places, rows = self._located(ask.step, ask.micro)
+        samples = (
             ask.streamed[index] if index in ask.streamed else self._sample(places, index, row, skipped)
             for index, row in enumerate(rows.tolist())
-        ]
-        return [sample for sample in samples if sample is not None]
+        )
+        numbered = zip(samples, numbers, strict=True)
+        return [{**sample, "sample_ids": number} for sample, number in numbered if sample is not None]
 
     def _sample(self, places: Places, index: int, row: int, skipped: list[str]) -> Mapping[str, Any] | None:
         """The sample at a place, or what stands in for it: a function of the data, whoever asks, and whenever."""
@@ -216,6 +224,13 @@ class Batches(Dataset[Fetched]):
     def _where(self, places: Places, index: int) -> str:
         source = self.parts[int(places.parts[index])]
         return "a stream" if source is None else source.where(self._row(places, index))
+
+
+def _numbered(batch: Any, samples: Samples) -> Any:
+    """A batch that says which samples it has, where it is a dict and does not say so already."""
+    if not isinstance(batch, dict) or "sample_ids" in batch:
+        return batch
+    return {**batch, "sample_ids": torch.tensor([int(each["sample_ids"]) for each in samples], dtype=torch.int64)}
 
 
 def _worker() -> str:

@@ -8,7 +8,7 @@ from typing import final
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.loading.loader import Loader
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
-from swissarmy.training.evaluate import evaluate, perplexity
+from swissarmy.training.evaluate import evaluate, perplexity, reshard
 from swissarmy.training.optimizer import weights_to_evaluate
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class Evaluate(Callback):
 def averaged_weights(run: Run) -> ExitStack:
     """Inside, the model has the weights to evaluate and to give away."""
     contexts = ExitStack()
+    reshard(run.model)
+    contexts.callback(reshard, run.model)
     contexts.enter_context(weights_to_evaluate(run.optimizer))
     if run.ema is not None:
         contexts.enter_context(run.ema.applied())

@@ -7,6 +7,7 @@ same on each process of the axis, and get plain tensors back.
 Shapes: b batch, s positions, h hidden size.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -55,7 +56,9 @@ class TensorParallelMixin(BaseMixin):
         if not _INSIDE.get():
             raise HookCallError("this model is spread over processes: call it inside plain_tensors_are_whole().")
         kw_args = {key: self._whole(value) if _is_real(value) else value for key, value in kw_args.items()}
-        return self._put(old_impl(input_ids, **kw_args), self.stream)
+        embedded = old_impl(input_ids, **kw_args)
+        self._check_length(embedded.shape[1], kw_args["transformer"])
+        return self._put(embedded, self.stream)
 
     @non_conflict
     def attention_forward(self, hidden_states: Tensor, mask: Any, *, old_impl: Hook, **kw_args: Any) -> Tensor:
@@ -79,6 +82,15 @@ class TensorParallelMixin(BaseMixin):
     def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Any:
         """Give the head all positions."""
         return old_impl(self._whole(hidden_states), **kw_args)
+
+    def _check_length(self, length: int, transformer: nn.Module) -> None:
+        """On the CPU, processes draw dropout side by side, and stay together only while each draws as much."""
+        uneven = self.stream.is_shard() and length % self.mesh.size() and self.mesh.device_type == "cpu"
+        if uneven and self.training and any(isinstance(each, nn.Dropout) and each.p for each in transformer.modules()):
+            raise HookCallError(
+                f"{length} positions, and {self.mesh.size()} processes share them: with dropout on the CPU, "
+                "sequence_parallel needs a length that they divide; pad, or turn one of them off."
+            )
 
     def _whole(self, x: Tensor) -> Tensor:
         return self._put(x, Replicate())
@@ -118,7 +130,8 @@ def plain_tensors_are_whole() -> Iterator[None]:
         return
     token = _INSIDE.set(True)
     try:
-        with implicit_replication():
+        with implicit_replication(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="DTensor random operators")  # see _check_length
             yield
     finally:
         _INSIDE.reset(token)
