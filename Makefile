@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check contracts distributed format bench clean
+.PHONY: quickstart test check contracts distributed survives format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ contracts: $(STAMP)
 
 distributed: $(STAMP)
 	$(BIN)/python -m pytest -m distributed tests/distributed
+
+survives: $(STAMP)
+	$(BIN)/python -m tests.training.survives 24
 
 format: $(STAMP)
 	$(BIN)/ruff format .

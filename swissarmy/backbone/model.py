@@ -1,6 +1,5 @@
 """`BaseModel`: a backbone, and the mixins added to it."""
 
-import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping

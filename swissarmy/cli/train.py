@@ -22,17 +22,20 @@ def run(options: "TrainOptions") -> int:
 def _train(options: "TrainOptions") -> int:
     """128 and the number of the signal, where one ended the run."""
     from swissarmy.cli.train_model import find_model
+    from swissarmy.data.objectives.collator import objective_collator
     from swissarmy.training.steps import STEPS
     from swissarmy.training.train import train
 
-    step = STEPS[options.objective]
+    tokenizer = _tokenizer(options)
+    collate = objective_collator(options.objective, options, tokenizer, options)
     model, weights = find_model(options)
     result = train(
         model,
-        step,
+        STEPS[options.objective],
         None,
         options.with_trainable(list(options.wanted_mixins)),
-        tokenizer=_tokenizer(options),
+        tokenizer=tokenizer,
+        collate=collate,
         weights=weights,
     )
     return DONE if result.signal is None else 128 + result.signal

@@ -3,24 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, final
+from typing import Annotated, Any, Self, final
 
 import tyro
 import yaml
 
 from swissarmy.cli.command import OF_THE_COMMAND_LINE, Options
 from swissarmy.core.errors import ConfigError
+from swissarmy.data.objectives.options import Objective
 from swissarmy.training.config import TrainConfig
 
-Objective = Literal[
-    "causal_lm",
-    "masked_lm",
-    "seq2seq",
-    "span_corruption",
-    "blank_infilling",
-    "classification",
-    "image_classification",
-]
 _OF_THIS_CALL = (*OF_THE_COMMAND_LINE, "dry_run", "world_size", "json")
 """What is not written beside the run."""
 

@@ -233,9 +233,9 @@ GENERATING = frozenset({"cached = uncached", "batched = single", "beam search"})
 """Checks that say something about families that generate."""
 
 
-def mixed(family: str, additions: Sequence[Addition]) -> tuple[Model, list[str]]:
+def mixed(family: str, additions: Sequence[Addition], *, scale: float = 8.0) -> tuple[Model, list[str]]:
     """A tiny model with mixins whose values are large enough to show, and their names in it."""
-    model = tiny_model(family).double()
+    model = tiny_model(family, scale=scale).double()
     names = add(model, additions)
     for _, plain in iterate_models(model):
         for name in names:

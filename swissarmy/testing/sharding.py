@@ -58,8 +58,8 @@ def _problems(rank: int, world_size: int, check: str, cases: Sequence[Case]) -> 
 def _compare(check: str, family: str, additions: Sequence[Addition]) -> None:
     """Raise `AssertionError` where this process sees another loss or gradient than alone."""
     options = SHARDED_CHECKS[check]
-    alone, _ = mixed(family, additions)
-    spread, _ = mixed(family, additions)
+    # with larger weights T5's unscaled attention saturates, and gradients are what rounding leaves of a difference
+    alone, spread = (mixed(family, additions, scale=2.0)[0] for _ in range(2))
     inputs = inputs_of(alone)
     expected = _total(alone, inputs)
     backward(expected)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from swissarmy.core.config import Config
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.config import DataConfig
+from swissarmy.data.objectives.options import ObjectiveOptions
 from swissarmy.training.callbacks.log import LogOptions
 from swissarmy.training.checkpoint.options import CheckpointOptions
 from swissarmy.training.evaluate import EvaluationOptions
@@ -102,6 +103,7 @@ class TrainConfig(
     PrecisionOptions,
     ScheduleOptions,
     OptimizerOptions,
+    ObjectiveOptions,
     DataConfig,
     RunOptions,
 ):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from swissarmy.core.config import report
@@ -133,12 +134,34 @@ def joined_ranks(options: ParallelOptions) -> Iterator[Ranks]:
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
         backend = dist.get_default_backend_for_device(device)
-        dist.init_process_group(backend, timeout=timedelta(seconds=options.distributed_timeout))
+        timeout = timedelta(seconds=options.distributed_timeout)
+        dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout))
     try:
         yield _ranks(options, device)
     finally:
         if is_ours:
             dist.destroy_process_group()
+
+
+def _meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """Where processes find each other: torch knows, but after a restart by `torchrun` on one machine.
+
+    The launcher's store still holds what the processes of the attempt before wrote there, and torch would try to reach
+    them (pytorch#135712). On several machines nothing tells attempts apart that all processes know: there the launcher
+    must be started with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    world_size = int(os.environ["WORLD_SIZE"])
+    if attempt == "0" or not is_shared or os.environ.get("LOCAL_WORLD_SIZE") != str(world_size):
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    return {
+        "store": PrefixStore(f"attempt-{attempt}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": world_size,
+    }
 
 
 def _device(*, distributed: bool) -> torch.device:

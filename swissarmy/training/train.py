@@ -127,7 +127,7 @@ def train(
         contexts.enter_context(in_training_mode(model))
         prepare_model(model, config, ranks, weights)
         optimizer = make_optimizer(model, config)
-        checkpoints = Checkpoints(folder, config, ranks)
+        checkpoints = Checkpoints(folder, config, ranks, timeout=config.distributed_timeout)
         assert loaders.train is not None, "the config refuses a run without train data"
         assert loaders.train.num_steps is not None, "the config refuses a run without end"
         run = Run(

@@ -83,6 +83,20 @@ def test_new_weights_come_from_a_configuration_and_the_seed(sat: Any, tmp_path: 
     assert swissarmy.load(first).config.vocab_size == 270
 
 
+def test_an_objective_brings_its_step_and_hides_what_it_is_to_find(
+    sat: Any, tmp_path: Path, tiny: Path, text: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "bert", **TINY_CONFIGS["bert"], "vocab_size": 270}))
+    code, _, err = sat(
+        *("train", "--model-config", config, "--tokenizer", tiny, "--train-data", text, "--output", tmp_path / "run"),
+        *("--train-iters", 1, "--batch-size", 8, "--objective", "masked_lm", "--mask-token", "<|end|>"),
+    )
+    assert code == 0, err
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0.05 < record["count"] / record["tokens"] < 0.3
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -121,6 +135,7 @@ def test_mixins_in_a_file_have_a_type_and_its_options(
         (["--mixin", "lora"], r"mixin 'lora' is not as in"),
         (["--override", "num_labels"], r"override 'num_labels' is not FIELD=VALUE"),
         (["--model-config", "a.json"], r"give either model \(a checkpoint to start from\) or model_config"),
+        (["--objective", "masked_lm"], "mask_token"),
         (["--epochs", "1"], "give either train_iters or epochs"),
         (["--trainable", "mixins.lora"], "'mixins.lora' matches no parameter"),
         (["--shard", "2"], "torchrun --nproc-per-node 2"),

@@ -16,23 +16,32 @@ ROWS: Mapping[str, Addition] = {
     "AdapterFusion": Addition(sat.AdapterFusionMixin, {"adapters": TWO_ADAPTERS}, same_at_start=True),
     "ALiBi": Addition(sat.ALiBiMixin),
     "attention soft-cap": Addition(sat.AttentionSoftcapMixin, {"cap": 2.0}),
+    "BitFit": Addition(sat.BitFitMixin, same_at_start=True),
     "Compacter": Addition(sat.CompacterMixin, same_at_start=True),
     "DoRA, PiSSA": Addition(sat.LoRAMixin, {"r": 2, "dora": True, "init": "pissa"}, same_at_start=True),
     "embedding scale": Addition(sat.EmbeddingScaleMixin, {"scale": 0.5}),
     "FFADD": Addition(sat.FFADDMixin, {"num_neurons": 3}, same_at_start=True),
     "hidden states": Addition(sat.HiddenStatesMixin, same_at_start=True),
+    "IA3": Addition(sat.IA3Mixin, {"targets": "*"}, same_at_start=True),
     "key-value cache": Addition(sat.CachedAutoRegressiveMixin, same_at_start=True),
+    "layer scaling": Addition(sat.LayerScalingMixin, same_at_start=True),
     "logit soft-cap": Addition(sat.LogitSoftcapMixin, {"cap": 3.0}),
     "LoRA": Addition(sat.LoRAMixin, {"r": 2, "targets": "*"}, same_at_start=True),
     "LoReFT": Addition(sat.LoReFTMixin, {"rank": 2, "first": 3}),
     "mixture of experts": Addition(sat.MixtureOfExpertsMixin, {"num_experts": 3}),
+    "P-tuning": Addition(sat.PTuningMixin, {"prompt_len": 2}),
     "prefix-tuning": Addition(sat.PrefixTuningMixin, {"prefix_len": 3}),
+    "prefix-tuning, reparametrised": Addition(
+        sat.PrefixTuningMixin, {"prefix_len": 2, "encoder_size": 5, "shift_positions": True}
+    ),
+    "prompt tuning": Addition(sat.PromptTuningMixin, {"prompt_len": 3}),
     "QK-norm": Addition(sat.QKNormMixin),
     "reduced weights": Addition(sat.ReducedWeightsMixin, {"kind": "fp16"}),
     "relative position bias": Addition(sat.RelativePositionBiasMixin, {"num_buckets": 8}),
     "rotary": Addition(sat.RotaryMixin),
     "sliding window": Addition(sat.SlidingWindowMixin, {"window": 4}),
     "token types": Addition(sat.TokenTypesMixin),
+    "VeRA": Addition(sat.VeRAMixin, {"r": 3}, same_at_start=True),
 }
 """A mixin by the name of its method, as it is put to the checks."""
 
@@ -40,6 +49,7 @@ NOT_ON_TOP: Mapping[str, str] = {
     "ClassificationHeadMixin": "replaces the head; tested with the families that have it",
     "InterpolatedPositionsMixin": "replaces the positions of ViT; tested with it",
     "LMHeadMixin": "replaces the head; tested with the families that have it",
+    "LoRABankMixin": "bundles adapters that were trained before; tested in tests/mixins/test_lora_bank.py",
     "LearnedPositionsMixin": "replaces the positions; tested with the families that have them",
     "MLMHeadMixin": "replaces the head; tested with the families that have it",
     "MLPHeadMixin": "replaces the head; tested in tests/mixins/test_mlp_head.py",
@@ -55,11 +65,21 @@ EXCLUDED: Mapping[tuple[str, str], str] = {
     ("rotary", "llama"): "it has rotary positions already, and a key is rotated once",
     ("rotary", "gemma3_text"): "it has rotary positions already, and a key is rotated once",
     ("LoRA", "mixture of experts"): "experts take the place of the MLP, whose LoRA then has no part in anything",
+    ("P-tuning", "prompt tuning"): "a model takes one prompt; two are refused",
     ("mixture of experts", "reduced weights"): "the experts' own weights are reduced too, and have no gradient then",
 }
 """A row and a family, or two rows."""
 
-NOT_CHECKED: Mapping[tuple[str, str], str] = {}
+NOT_CHECKED: Mapping[tuple[str, str], str] = {
+    (
+        "reduced weights",
+        "FSDP2 x 2",
+    ): "its packed weights belong to the process that packed them; refused with that reason",
+    (
+        "reduced weights",
+        "TP x 2",
+    ): "its packed weights belong to the process that packed them; refused with that reason",
+}
 """A row and a check."""
 
 

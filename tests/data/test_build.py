@@ -66,7 +66,7 @@ def test_text_becomes_padded_batches(words: str) -> None:
     batches = list(loaders.train)
     assert len(batches) == 3
     for batch in batches:
-        assert set(batch) == {"input_ids", "loss_mask", "padding_mask", "position_ids"}
+        assert set(batch) == {"input_ids", "loss_mask", "padding_mask", "position_ids", "sample_ids"}
         assert batch["input_ids"].shape[0] == 4
         assert batch["input_ids"].dtype == torch.int64
 
@@ -90,7 +90,7 @@ def test_the_format_of_records_is_found_by_their_fields(
     data = jsonl(tmp_path / "data.jsonl", [record] * 4)
     loaders = built(train_data=(data,), tokenizer=letters())
     assert loaders.train is not None
-    assert set(next(iter(loaders.train))) == fields
+    assert set(next(iter(loaders.train))) == fields | {"sample_ids"}
 
 
 def test_chats_go_through_the_template(tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_a_stream_is_encoded_and_resumed() -> None:
     [
         ({"train_data": ("s",)}, "is a stream of no known length"),
         ({"train_data": ("s",), "train_data_weights_mean": "share", "split": "1,1,1"}, "cannot|no row numbers"),
-        ({"valid_data": ("s",)}, "evaluation needs data of known length"),
+        ({"valid_data": ("s",)}, "evaluation and epochs need data of known length"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -34,6 +34,8 @@ class Plan:
     options: Mapping[str, Any]
     checkpointing: Checkpointing = "none"
     accumulation: int = 1
+    compiled: bool = False
+    """Whether layers are compiled, as far as autograd's graphs: the code made of them is another matter, and slow."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Case:
     mixins: tuple[str, ...] = ()
     frozen: bool = False
     """Whether only the mixins train."""
+    targets: bool = False
+    """Whether the model is given the targets, and makes no logits."""
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -142,7 +146,7 @@ def batch_of(model: Model, step: int) -> dict[str, Tensor]:
     return {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()} | {"labels": labels}
 
 
-def train(model: Model, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> Record:
+def train(case: Case, model: Model, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> Record:
     """Take the steps, on one of `ranks` shares of each batch.
 
     The optimizer is linear in the gradients: what they have of rounding stays what it is.
@@ -159,8 +163,7 @@ def train(model: Model, rank: int = 0, ranks: int = 1, accumulation: int = 1) ->
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(micro == accumulation - 1)
             labels = inputs.pop("labels")
-            logits = model(**inputs)[0]
-            loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+            loss = _loss(case, model, inputs, labels)
             loss.backward()
             total += loss.detach()
         losses.append(total)
@@ -173,11 +176,19 @@ def train(model: Model, rank: int = 0, ranks: int = 1, accumulation: int = 1) ->
     return Record(torch.stack(losses), logits, {name: _whole(each) for name, each in gradients.items()})
 
 
+def _loss(case: Case, model: Model, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """The sum of the losses of all rows."""
+    if case.targets:
+        total: Tensor = model(**inputs, targets=labels)[0].total
+        return total
+    return F.cross_entropy(model(**inputs)[0].flatten(0, -2), labels.flatten(), reduction="sum")
+
+
 def compare(rank: int, world_size: int, plans: Sequence[Plan], cases: Sequence[Case]) -> list[str]:
     """Run each case alone and by each plan, in this process's place; what differs, a line each."""
     problems = []
     for case in cases:
-        alone = train(make(case))
+        alone = train(case, make(case))
         for plan in plans:
             spread = _spread(rank, world_size, plan, case)
             problems += [f"{case} by {plan}: {problem}" for problem in _differences(alone, spread, rank)]
@@ -190,9 +201,12 @@ def _spread(rank: int, world_size: int, plan: Plan, case: Case) -> Record:
     marks = {name: getattr(parameter, "lr_scale", None) for name, parameter in model.named_parameters()}
     parallelize(model, options, make_mesh(options, "cpu"), activation_checkpointing=plan.checkpointing)
     assert {name: getattr(each, "lr_scale", None) for name, each in model.named_parameters()} == marks
+    if plan.compiled:
+        torch._dynamo.reset()
+        model.compile(dynamic=None, backend="aot_eager")
     ranks = options.data_size(world_size) * options.shard
     with plain_tensors_are_whole():
-        own = train(model, rank // options.sharing_size, ranks, plan.accumulation)
+        own = train(case, model, rank // options.sharing_size, ranks, plan.accumulation)
     losses = own.losses if rank % options.sharing_size == 0 else torch.zeros_like(own.losses)
     dist.all_reduce(losses)
     return Record(losses, own.logits, own.gradients)

@@ -14,8 +14,9 @@ USER_CASES = [
     Case("llama", ("talking-heads", "experts", "router")),
     Case("t5", ("gate",)),
     Case("bert", ("prefix", "lora"), frozen=True),
+    *(Case(family, targets=True) for family in ("gpt2", "bert", "t5", "llama")),
 ]
-"""Mixins that a user wrote, experts, and a frozen model under mixins that train."""
+"""Mixins that a user wrote, experts, a frozen model under mixins that train, and losses without logits."""
 TWO = [
     Plan({"data": 2}),
     Plan({"shard": 2}, checkpointing="full", accumulation=2),
@@ -43,6 +44,13 @@ def test_two_processes_compute_what_one_computes() -> None:
 @pytest.mark.parametrize("plan", TWO, ids=str)
 def test_two_processes_compute_what_one_computes_by_every_plan(plan: Plan) -> None:
     assert problems(2, [plan], [*FAMILY_CASES, *USER_CASES]) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_compiled_layers_compute_the_same() -> None:
+    plans = [Plan({"shard": 2}, compiled=True), Plan({"tensor_parallel": 2}, compiled=True)]
+    assert problems(2, plans, [Case("gpt2", ("prefix", "lora"))]) == []
 
 
 @pytest.mark.distributed

@@ -5,7 +5,6 @@ from typing import final
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
 from swissarmy.training.checkpoint.checkpoints import Checkpoints
 from swissarmy.training.checkpoint.state import TrainState
-from swissarmy.training.spikes import TrainingError
 
 
 @final
@@ -27,9 +26,8 @@ class Save(Callback):
             run.was_saved(self.checkpoints.save(state_of(run)))
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """Wait for what is still being written, if all ranks are here to."""
-        if error is None or isinstance(error, TrainingError):
-            self.checkpoints.wait()
+        """Wait for what is still being written; if a rank that takes part is gone, that fails at once."""
+        self.checkpoints.wait()
 
 
 def state_of(run: Run) -> TrainState:

@@ -46,14 +46,14 @@ def optimizer_values(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def begin_state(model: nn.Module, optimizer: Optimizer, stored: Collection[str]) -> None:
     """Give a new optimizer the state that it would have after a step, to be overwritten; weights stay.
 
-    An optimizer makes its state when it first steps, so it steps, along gradients of zero and by a length of zero.
-    Parameters that had no state when the names in `stored` were saved have none then.
+    Most make a parameter's state when they first change it, so they are let, by a length of zero along gradients of
+    zero. Parameters that had no state when the names in `stored` were saved have none then.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None if optimizer.state.get(parameter) else torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

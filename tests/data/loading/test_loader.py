@@ -145,6 +145,46 @@ def test_places_are_found_for_many_steps_at_once_and_are_those_of_each(monkeypat
         assert steps(run, 1) == together[step : step + 1]
 
 
+# The numbers of samples
+
+
+def named(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"ids": ids(samples)}
+
+
+def numbered_loader(**options: Any) -> Loader:
+    order = SampleOrder([37, 11], Blend([2, 1]), seed=5)
+    return Loader((Numbers("a", 37), Numbers("b", 11)), order, named, **{"global_batch_size": 8, **options})
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_batches_say_which_samples_of_the_run_they_have(bucketed: bool) -> None:
+    lengths = [np.arange(37) % 5, np.arange(11) % 5]
+    bucketing = Bucketing(lengths=lengths, window=2, seed=1) if bucketed else None
+    in_order = flat(steps(loader(), 12))
+    found: dict[int, str] = {}
+    for rank in range(2):
+        run = numbered_loader(rank=rank, world_size=2, accumulation=2, bucketing=bucketing)
+        for batch in islice(run, 24):
+            assert batch["sample_ids"].dtype == torch.int64
+            found |= zip(batch["sample_ids"].tolist(), batch["ids"], strict=True)
+    assert [found[number] for number in range(96)] == in_order
+
+
+def test_samples_carry_their_number_and_what_takes_a_bad_ones_place_has_its() -> None:
+    seen: list[list[tuple[int, str]]] = []
+
+    def collate(samples: Sequence[Mapping[str, Any]]) -> None:
+        seen.append([(int(sample["sample_ids"]), sample["id"]) for sample in samples])
+
+    source, order = Numbers("a", 8, bad=frozenset({3})), OneByOne([8])
+    list(Loader((source,), order, collate, global_batch_size=5, on_bad_record="skip"))
+    assert seen == [[(n, f"a:{n}") for n in (0, 1, 2, 4)], [(n, f"a:{n}") for n in (5, 6, 7)]]
+    endless = SampleOrder([8], Blend([1]), seed=0)
+    list(Loader((source,), endless, collate, global_batch_size=8, num_steps=1, on_bad_record="skip"))
+    assert [number for number, _ in seen[2]] == list(range(8))
+
+
 # Resuming
 
 

@@ -54,7 +54,8 @@ def test_a_run_elsewhere_on_this_machine_is_named_and_one_that_was_killed_is_fol
 ) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match=f"goes on: process {holder.pid} on"), lock(tmp_path):
             pass
     finally:

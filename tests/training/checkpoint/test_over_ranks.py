@@ -103,7 +103,7 @@ def on_four(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
     save_final(model, Path(folder) / "final", None, ranks_of(rank, world_size))
     with torch.no_grad():
-        found["logits"] = {name: tensor for name, tensor in whole_parameters(model).items()}
+        found["logits"] = dict(whole_parameters(model).items())
     (Path(folder) / "full").mkdir(exist_ok=True)
     (Path(folder) / "full" / "notes").write_text("not ours")
     found["final refused"] = failure(lambda: save_final(model, Path(folder) / "full", None, ranks_of(rank, world_size)))
@@ -202,7 +202,8 @@ def test_the_final_folder_holds_the_whole_model(four: list[dict[str, Any]], fold
     assert differences(parameters, four[0]["logits"]) == []
     assert "lora" in loaded.mixins
     for found in four:
-        assert found["final refused"].startswith("CheckpointError: cannot read") and "full/m" in found["final refused"]
+        assert found["final refused"].startswith("CheckpointError: cannot read")
+        assert "full/m" in found["final refused"]
 
 
 def test_two_ranks_read_what_four_wrote_and_fail_together(four: list[dict[str, Any]], folder: Path) -> None:
@@ -210,10 +211,12 @@ def test_two_ranks_read_what_four_wrote_and_fail_together(four: list[dict[str, A
     assert differences(first["tensors"], four[0]["tensors"]) == []
     assert not torch.equal(first["random numbers"], second["random numbers"])
     assert first["one rank fails"] == second["one rank fails"]
-    assert "step-00000008/rank-00001" in first["one rank fails"] and "on rank 1" in first["one rank fails"]
+    assert "step-00000008/rank-00001" in first["one rank fails"]
+    assert "on rank 1" in first["one rank fails"]
     assert "No space left on device" in first["one rank fails"]
     assert first["left behind"] == ["latest", "step-00000001"]
     assert first["saved afterwards"] == second["saved afterwards"] == "no failure"
     for found in (first, second):
         assert "state.json" in found["damaged"]
-        assert found["locked"].startswith("CheckpointError") and "goes on" in found["locked"]
+        assert found["locked"].startswith("CheckpointError")
+        assert "goes on" in found["locked"]
