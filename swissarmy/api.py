@@ -16,7 +16,7 @@ from swissarmy.core.errors import (
     TokenizerError,
 )
 from swissarmy.core.hooks import HookContext, non_conflict, replaceable
-from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.mixin import BaseMixin, SharedDim
 from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.config import DataConfig
 from swissarmy.data.loading.batches import LoaderError
@@ -189,6 +189,7 @@ __all__ = [
     "Run",
     "SamplingStrategy",
     "Seq2SeqEncoder",
+    "SharedDim",
     "SlidingWindow",
     "SlidingWindowMixin",
     "Source",

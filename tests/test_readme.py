@@ -89,7 +89,12 @@ def parse_command(line: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler's
 @pytest.mark.parametrize(
     ("page", "treat"),
-    [("data.md", run_command), ("generation.md", parse_command), ("write_a_mixin.md", parse_command)],
+    [
+        ("data.md", run_command),
+        ("generation.md", parse_command),
+        ("training.md", parse_command),
+        ("write_a_mixin.md", parse_command),
+    ],
 )
 def test_a_page_runs_from_top_to_bottom(
     page: str,

@@ -37,7 +37,9 @@ def allowed(name: str, patterns: Sequence[str]) -> bool:
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter of that name, in every module that shares it."""
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    module, parameter = model.get_submodule(owner), nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    vars(parameter).update(vars(getattr(module, attribute)))  # what it was marked with, such as no_weight_decay
+    setattr(module, attribute, parameter)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

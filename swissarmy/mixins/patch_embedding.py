@@ -63,8 +63,9 @@ class InterpolatedPositionsMixin(BaseMixin):
         self.grid = grid
         self.first = nn.Parameter(torch.zeros(num_first_tokens, hidden_size))
         self.table = nn.Parameter(torch.zeros(grid[0] * grid[1], hidden_size))
-        nn.init.normal_(self.first, std=0.02)
-        nn.init.normal_(self.table, std=0.02)
+        for vectors in (self.first, self.table):
+            nn.init.normal_(vectors, std=0.02)
+            vectors.no_weight_decay = True  # as of any embedding; it is no `nn.Embedding` only for its shape
 
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """The positions of this call's grid, `[1, first tokens + patches, h]`."""

@@ -117,6 +117,8 @@ class TrainConfig(
         """What every group of options has to say, each thing once."""
         groups = [group for group in reversed(TrainConfig.__bases__) if issubclass(group, Config)]
         yield from dict.fromkeys(problem for group in groups for problem in group.problems(self))
+        if self.optimizer == "schedule_free" and self.lr_decay_style != "constant":
+            yield f"lr_decay_style={self.lr_decay_style!r}: schedule_free takes a constant one, with or without warmup."
         if not self.train_data and (self.valid_data or self.test_data):
             yield "train_data is empty: give at least one file, folder or pattern to train on."
 

@@ -280,7 +280,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     @property
     def alive(self) -> int:
         """Bytes of the tensors that somebody still holds."""
-        return sum(size for storage, size in self._made.items() if not storage.expired())  # type: ignore[no-untyped-call]
+        sizes = ((storage.expired(), size) for storage, size in self._made.items())  # type: ignore[no-untyped-call]
+        return sum(size for is_gone, size in sizes if not is_gone)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

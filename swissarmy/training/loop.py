@@ -108,9 +108,6 @@ def _discard(run: Run, window: Window, problem: str) -> None:
     )
     everyones = tuple(run.ranks.gather(own))
     skip = Skip(step=run.step, reason=problem, in_a_row=run.skipped_in_a_row, ranks=everyones)
-    if run.ranks.is_first:
-        ids = sorted({each for rank in everyones for each in rank.sample_ids})
-        _LOG.warning("step %d is skipped: %s; samples %s", run.step, problem, ids or "without numbers")
     for callback in run.callbacks:
         callback.on_skip(run, skip)
     run.optimizer.zero_grad(set_to_none=True)

@@ -24,7 +24,7 @@ from swissarmy.training.config import TrainConfig
 from swissarmy.training.parallel.materialize import Weights, materialize
 from swissarmy.training.parallel.mesh import check_plan
 from swissarmy.training.parallel.parallelize import parallelize
-from swissarmy.training.precision import prepare_weights
+from swissarmy.training.precision import mixed_precision_policy, prepare_weights
 from swissarmy.training.ranks import Ranks
 
 
@@ -121,6 +121,7 @@ def prepare_model(model: Model, config: TrainConfig, ranks: Ranks, weights: Weig
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
         checkpoint_every_layers=config.checkpoint_every_layers,
+        mixed_precision=mixed_precision_policy(config),
     )
     if weights is not None:
         materialize(model, weights, ranks.device)

@@ -28,6 +28,7 @@ from swissarmy.training.loop import train_steps
 from swissarmy.training.memory import keep_freed_memory
 from swissarmy.training.optimizer import make_optimizer
 from swissarmy.training.parallel.materialize import Weights
+from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
 from swissarmy.training.precision import LossScaler
 from swissarmy.training.prepare import (
     check_model,
@@ -125,6 +126,7 @@ def train(
         )
         check_ranks_agree(config, model, loaders, ranks)
         contexts.enter_context(in_training_mode(model))
+        contexts.enter_context(plain_tensors_are_whole())
         prepare_model(model, config, ranks, weights)
         optimizer = make_optimizer(model, config)
         checkpoints = Checkpoints(folder, config, ranks, timeout=config.distributed_timeout)

@@ -17,7 +17,7 @@ from swissarmy.data.samples.examples import Examples
 from swissarmy.data.samples.packing import Packed
 from swissarmy.testing import TINY_CONFIGS, tiny_model
 from swissarmy.testing.contract import mixed
-from tests.contracts.rows import ROWS
+from tests.contracts.rows import ROWS, singles
 from tests.data.tiny_data import Records
 
 VISION = {"vit", "deit"}

@@ -67,13 +67,29 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     assert (weight.grad is None) == (frozen != "states")
 
 
+def test_without_gradients_the_head_is_all_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[int] = []
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        products.append(len(x))
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(module, "linear", counted)
+    states, weight, targets = example()
+    with torch.no_grad():
+        found = token_losses(states, targets, lambda x: x, vocabulary=V, weight=weight)
+    assert products == [int((targets >= 0).sum())]
+    torch.testing.assert_close(found.each, expected(states, weight, targets)[0].detach())
+
+
 def test_nothing_scored_is_zero_with_zero_gradient() -> None:
     states, weight, targets = example()
     found = token_losses(states, torch.full_like(targets, -100), lambda x: x, vocabulary=V, weight=weight)
     found.total.backward()
     assert found.total == 0
     assert not found.correct.any()
-    assert weight.grad is None or not weight.grad.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_gradients_are_taken_once() -> None:

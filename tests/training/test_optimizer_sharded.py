@@ -93,7 +93,7 @@ def on_a_rank(rank, world_size):
 
 @cache
 def results():
-    return run_distributed(on_a_rank, WORLD)
+    return run_distributed(on_a_rank, WORLD, timeout=240)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -116,11 +116,12 @@ class BlankInfilling:
         given = [np.insert(pieces[each], 0, self.tokens.start) for each in order]
         wanted = [np.append(pieces[each], self.tokens.end) for each in order]
         lengths = np.array([len(each) for each in given], dtype=np.int64)
+        in_block = [np.zeros(len(context), np.int64), *(np.arange(length) + 1 for length in lengths)]
         return {
             "input_ids": np.concatenate([context, *given]),
             "targets": np.concatenate([np.full(len(context), IGNORED), *wanted]),
             "position_ids": self._positions(len(context), np.repeat(places[order], lengths)),
-            "block_position_ids": np.concatenate([np.zeros(len(context), np.int64), *map(_counted, lengths)]),
+            "block_position_ids": np.concatenate(in_block),
             "prefix_lengths": np.array(len(context)),
         }
 
@@ -198,7 +199,3 @@ def _long_end(free: Flags, random: Generator) -> Ids:
     spans = np.full(len(free), OUTSIDE)
     spans[begin : last + 1] = 0
     return spans
-
-
-def _counted(length: int) -> Ids:
-    return np.arange(1, length + 1)

@@ -4,9 +4,6 @@ Tables `[v + 1]` of flags; the last one is for ids that the tokenizer does not k
 count as special. `kind_of(table, ids)` looks up.
 """
 
-from collections.abc import Callable
-from operator import methodcaller
-
 import numpy as np
 from tokenizers.models import WordLevel, WordPiece
 
@@ -16,8 +13,8 @@ from swissarmy.data.tokenizer import Tokenizer
 
 SPACES = ("Ġ", "▁")
 """How byte-level tokenizers, and those after SentencePiece, write the space before a word."""
-SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "Ċ", "\n", "<0x0A>")
-"""What the last token of a sentence ends with; `Ċ` is how byte-level tokenizers write a line break."""
+SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n")
+"""What the text of a sentence's last token ends with."""
 
 
 def kind_of(table: Flags, ids: Ids) -> Flags:
@@ -43,8 +40,8 @@ def word_beginnings(tokenizer: Tokenizer) -> Flags:
     if isinstance(model, WordLevel):
         return np.ones(_size(tokenizer) + 1, dtype=np.bool_)
     if isinstance(model, WordPiece):
-        return ~_flags(tokenizer, lambda token: token.startswith(model.continuing_subword_prefix))
-    marked = [_flags(tokenizer, methodcaller("startswith", space)) for space in SPACES]
+        return ~_tokens_with(tokenizer, model.continuing_subword_prefix)
+    marked = [_tokens_with(tokenizer, space) for space in SPACES]
     begins = max(marked, key=np.count_nonzero)
     if not begins.any():
         marks = " or ".join(repr(space) for space in SPACES)
@@ -54,7 +51,11 @@ def word_beginnings(tokenizer: Tokenizer) -> Flags:
 
 def sentence_ends(tokenizer: Tokenizer) -> Flags:
     """Tokens after which a new sentence may begin."""
-    return _flags(tokenizer, lambda token: token.endswith(SENTENCE_ENDS))
+    ids = sorted(tokenizer.backend.get_vocab().values())
+    texts = tokenizer.backend.decode_batch([[number] for number in ids], skip_special_tokens=False)
+    ends = np.zeros(_size(tokenizer) + 1, dtype=np.bool_)
+    ends[ids] = [text.endswith(SENTENCE_ENDS) for text in texts]
+    return ends
 
 
 def token_id(tokenizer: Tokenizer, field: str, *candidates: str | None) -> int:
@@ -70,9 +71,9 @@ def token_id(tokenizer: Tokenizer, field: str, *candidates: str | None) -> int:
     raise ConfigError(f"{field}: the tokenizer has no {wanted}: add it to the tokenizer, or name a token that it has.")
 
 
-def _flags(tokenizer: Tokenizer, says: Callable[[str], bool]) -> Flags:
+def _tokens_with(tokenizer: Tokenizer, prefix: str) -> Flags:
     flags = np.zeros(_size(tokenizer) + 1, dtype=np.bool_)
-    flags[[number for token, number in tokenizer.backend.get_vocab().items() if says(token)]] = True
+    flags[[number for token, number in tokenizer.backend.get_vocab().items() if token.startswith(prefix)]] = True
     return flags
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map_only
 
 from swissarmy.backbone.model import Model, every_mixin
@@ -28,6 +28,7 @@ def parallelize(
     compile: bool = False,
     activation_checkpointing: Checkpointing = "none",
     checkpoint_every_layers: int = 1,
+    mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Make a model train on the processes of a mesh, in place; it is called, and its parameters are named, as before.
 
@@ -41,6 +42,7 @@ def parallelize(
         compile: Whether each layer is compiled.
         activation_checkpointing: What is computed again instead of being kept.
         checkpoint_every_layers: In every n-th layer.
+        mixed_precision: What shards are gathered and added up in; in their own precision when omitted.
 
     Raises:
         ConfigError: The model holds something that no process can have a part of.
@@ -60,22 +62,24 @@ def parallelize(
     if compile:
         model.compile(dynamic=None)
     if mesh is not None:
-        shard_parameters(model, mesh)
+        shard_parameters(model, mesh, mixed_precision or MixedPrecisionPolicy())
     if mesh is not None and options.tensor_parallel > 1:
         give_plain_tensors(model)
 
 
-def shard_parameters(model: Model, mesh: DeviceMesh) -> None:
+def shard_parameters(model: Model, mesh: DeviceMesh, mixed_precision: MixedPrecisionPolicy) -> None:
     """FSDP2 (Zhao et al. 2023): a layer with all that mixins hold for it is gathered when it runs, and let go after.
 
     Args:
         model: On which `share_products` came before, if at all.
         mesh: From `make_mesh`.
+        mixed_precision: What shards are gathered and added up in.
     """
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     options: dict[str, Any] = {
         "mesh": mesh[SHARD] if mesh[DATA].size() == 1 else mesh[DATA, SHARD],
         "reshard_after_forward": mesh[SHARD].size() > 1,
+        "mp_policy": mixed_precision,
     }
     in_layers = set[nn.Parameter]()
     for layer, held in layer_units(model):
@@ -87,6 +91,7 @@ def shard_parameters(model: Model, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
     _restore_marks(model, marks)
 
 

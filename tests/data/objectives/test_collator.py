@@ -126,7 +126,7 @@ def test_pairs_of_texts_keep_their_types(tmp_path: Path) -> None:
 def test_other_objectives_leave_samples_as_they_are() -> None:
     config = DataConfig(train_data=("a.txt",))
     for objective in ("causal_lm", "seq2seq", "classification", "image_classification"):
-        assert objective_collator(objective, config, None) is None  # type: ignore[arg-type]
+        assert objective_collator(objective, config, None) is None
 
 
 def test_options_reach_the_objective() -> None:

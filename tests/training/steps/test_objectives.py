@@ -17,6 +17,7 @@ from swissarmy.data.objectives.collator import objective_collator
 from swissarmy.data.objectives.options import Objective, ObjectiveOptions
 from swissarmy.testing import tiny_model
 from swissarmy.training.steps import STEPS
+from swissarmy.training.steps.inputs import model_inputs
 from tests.data.objectives.tiny_vocabularies import FIRST, sentences, text
 
 TOKENIZER = sentences()
@@ -33,7 +34,8 @@ def batch_of(objective: Objective, folder: Path, options: ObjectiveOptions | Non
     return next(iter(train or ()))
 
 
-def losses_by_hand(logits: Tensor, targets: Tensor) -> Tensor:
+def loss_by_hand(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of the tokens that were hidden alone."""
     scored = targets != -100
     return -logits.log_softmax(-1)[scored].gather(1, targets[scored][:, None]).sum()
 
@@ -56,27 +58,36 @@ def test_the_loss_is_of_what_was_hidden(
     targets = batch["labels" if objective == "span_corruption" else "targets"]
     loss, count, metrics = STEPS[objective](batch, model)  # type: ignore[misc]
     assert int(count) == int((targets != -100).sum()) > 0
-    assert torch.isfinite(loss)
-    loss.backward()
+    logits = model(**model_inputs(batch, model))[0]
+    torch.testing.assert_close(loss, loss_by_hand(logits, targets))
     assert set(metrics) == {"accuracy"}
 
 
-def test_a_span_is_not_seen_before_it_is_predicted(tmp_path: Path) -> None:
+@torch.no_grad()
+def test_a_span_is_not_seen_before_it_is_predicted_and_the_text_before_it_is(tmp_path: Path) -> None:
     batch = batch_of("blank_infilling", tmp_path, ObjectiveOptions(infilling_long=1.0))
     model = tiny_model("llama", vocab_size=VOCABULARY)
-    loss = float(STEPS["blank_infilling"](batch, model)[0])
-    row, prefix = 0, int(batch["prefix_lengths"][0])
-    length = int(batch["padding_mask"][0].sum())
-    last = batch["input_ids"].clone()
-    last[row, length - 1] = FIRST + (last[row, length - 1] - FIRST + 1) % 40
-    only = torch.full_like(batch["targets"], -100)
-    only[row, : length - 1] = batch["targets"][row, : length - 1]
-    before = STEPS["blank_infilling"]({**batch, "targets": only}, model)[0]
-    after = STEPS["blank_infilling"]({**batch, "targets": only, "input_ids": last}, model)[0]
-    assert float(before) == pytest.approx(float(after), abs=1e-5)
-    first = batch["input_ids"].clone()
-    first[row, prefix - 2] = FIRST + (first[row, prefix - 2] - FIRST + 1) % 40
-    assert float(STEPS["blank_infilling"]({**batch, "input_ids": first}, model)[0]) != pytest.approx(loss, abs=1e-5)
+    prefix, length = int(batch["prefix_lengths"][0]), int(batch["padding_mask"][0].sum())
+
+    def loss(changed: int, targets: Tensor) -> float:
+        ids = batch["input_ids"].clone()
+        ids[0, changed] = FIRST + (ids[0, changed] - FIRST + 1) % 40
+        return float(STEPS["blank_infilling"]({**batch, "input_ids": ids, "targets": targets}, model)[0])
+
+    places = torch.arange(batch["targets"].shape[1])
+    before_last = torch.where((places < length - 1) & (places >= prefix), batch["targets"], -100)[:1]
+    targets = torch.cat([before_last, torch.full_like(batch["targets"][1:], -100)])
+    last, unchanged = (
+        loss(length - 1, targets),
+        float(STEPS["blank_infilling"]({**batch, "targets": targets}, model)[0]),
+    )
+    assert last == pytest.approx(unchanged, abs=1e-5)
+    assert loss(prefix - 2, targets) != pytest.approx(unchanged, abs=1e-2)
+    context = targets.clone().fill_(-100)
+    context[0, 0] = FIRST
+    seen = float(STEPS["blank_infilling"]({**batch, "targets": context}, model)[0])
+    assert loss(prefix - 2, context) != pytest.approx(seen, abs=1e-4), "the first token sees the whole context"
+    assert loss(prefix + 1, context) == pytest.approx(seen, abs=1e-5)
 
 
 class BlockPositions(BaseMixin):
