@@ -1,4 +1,11 @@
-"""The public names, imported from where they live; `swissarmy` hands them on."""
+"""The public names, imported from where they live; `swissarmy` hands them on.
+
+Those of training come when the first of them is used: with them come torch's packages for many processes, which take
+as long to import as all else.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from swissarmy.backbone.composite import CompositeModel
 from swissarmy.backbone.config import TransformerConfig
@@ -87,11 +94,32 @@ from swissarmy.models._family import list_models
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Causal, Dense, Documents, Full, Mask, Padding, PrefixLM, SlidingWindow
 from swissarmy.nn.rotary import RopeParameters
-from swissarmy.training.callbacks.base import Callback, Run
-from swissarmy.training.config import TrainConfig
-from swissarmy.training.spikes import TrainingError
-from swissarmy.training.steps.distillation import distillation_step
-from swissarmy.training.train import TrainResult, train
+
+if TYPE_CHECKING:
+    from swissarmy.training.callbacks.base import Callback, Run
+    from swissarmy.training.config import TrainConfig
+    from swissarmy.training.spikes import TrainingError
+    from swissarmy.training.steps.distillation import distillation_step
+    from swissarmy.training.train import TrainResult, train
+
+_OF_TRAINING = {
+    "Callback": "callbacks.base",
+    "Run": "callbacks.base",
+    "TrainConfig": "config",
+    "TrainResult": "train",
+    "TrainingError": "spikes",
+    "distillation_step": "steps.distillation",
+    "train": "train",
+}
+"""In which of its modules a name is."""
+
+
+def __getattr__(name: str) -> Any:
+    """A name of training."""
+    if name not in _OF_TRAINING:
+        raise AttributeError(f"module 'swissarmy.api' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"swissarmy.training.{_OF_TRAINING[name]}"), name)
+
 
 __all__ = [
     "ALiBiMixin",

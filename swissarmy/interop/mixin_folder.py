@@ -17,7 +17,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import swissarmy.mixins
 from swissarmy.backbone.model import BaseModel, Model, every_mixin, iterate_models
@@ -79,13 +78,10 @@ def as_it_is(name: str, tensor: Tensor) -> Tensor:
 
 def write_mixins(model: Model, source: Source, target: Path, whole: Whole = as_it_is) -> None:
     """Write the mixins that are not the family's own, if there are any worth keeping."""
-    added = added_tensors(model, source.own_names).items()
-    tensors: dict[str, Saved] = {name: tensor.detach() for name, tensor in added}
-    tensors |= {
-        name: LazyTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, make=partial(whole, name, tensor.detach()))
-        for name, tensor in added
-        if isinstance(tensor, DTensor)
-    }
+    tensors: dict[str, Saved] = {}
+    for name, tensor in added_tensors(model, source.own_names).items():
+        made = partial(whole, name, tensor.detach())  # sharded ones are put together one at a time
+        tensors[name] = LazyTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, make=made)
     names = {
         name: Record.of(mixin).to_json()
         for name, mixin in every_mixin(model)

@@ -65,7 +65,8 @@ class InterpolatedPositionsMixin(BaseMixin):
         self.table = nn.Parameter(torch.zeros(grid[0] * grid[1], hidden_size))
         for vectors in (self.first, self.table):
             nn.init.normal_(vectors, std=0.02)
-            vectors.no_weight_decay = True  # as of any embedding; it is no `nn.Embedding` only for its shape
+            # as of any embedding; they are no `nn.Embedding` only for their shape
+            vectors.no_weight_decay = True  # type: ignore[attr-defined]
 
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """The positions of this call's grid, `[1, first tokens + patches, h]`."""

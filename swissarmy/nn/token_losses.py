@@ -25,7 +25,7 @@ IGNORED = -100
 """A target that is not scored."""
 LOGITS_AT_ONCE = 1 << 25
 """How many logits are made at a time: 128 MiB in float32."""
-TOKENS_AT_ONCE = 1 << 14
+TOKENS_AT_ONCE = 1 << 12
 """For how many tokens of the vocabulary a gradient is added up at a time."""
 
 
@@ -76,6 +76,7 @@ def token_losses(
     else:
         scored = torch.arange(len(wanted), device=wanted.device)
     if weight is not None:
+        weight = weight if torch.is_grad_enabled() else weight.detach()  # the function below cannot tell
         total, own, is_own = _LinearLosses.apply(states, weight, wanted)  # type: ignore[no-untyped-call]
     else:
         total, own, is_own = _head_losses(states, wanted, head, max(1, LOGITS_AT_ONCE // vocabulary))
@@ -110,7 +111,7 @@ class _LinearLosses(torch.autograd.Function):
         each = torch.empty(targets.shape, dtype=precise, device=targets.device)
         correct = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
         grad_states = torch.empty_like(hidden_states) if need_states else None
-        grad_weight: Tensor | None = None
+        grad_weight = torch.zeros_like(weight) if need_weight else None  # where nothing is scored too, as other ranks
         for here in _slices(len(targets), max(1, LOGITS_AT_ONCE // len(weight))):
             states, scored = hidden_states[here], targets[here] != IGNORED
             places = torch.where(scored, targets[here], 0)[:, None]
@@ -127,10 +128,8 @@ class _LinearLosses(torch.autograd.Function):
             slope = slope.to(hidden_states.dtype)
             if grad_states is not None:
                 grad_states[here] = linear(slope, weight.t())
-            if need_weight and grad_weight is None:
-                grad_weight = linear(slope.t(), states.t())
-            elif grad_weight is not None:
-                for tokens in _slices(len(weight), TOKENS_AT_ONCE):  # a second whole gradient would be the peak
+            if grad_weight is not None:
+                for tokens in _slices(len(weight), TOKENS_AT_ONCE):  # whole, its factors' copies would be the peak
                     grad_weight[tokens] += linear(slope[:, tokens].t(), states.t())
         ctx.gradients = grad_states, grad_weight
         ctx.mark_non_differentiable(each, correct)
