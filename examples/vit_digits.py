@@ -6,14 +6,14 @@ The pictures come with scikit-learn; every fifth is held out. A forward step of 
 """
 
 import torch
-from gospels import arguments, tell
+from gospels import argument_parser, tell
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 import swissarmy as sat
 from swissarmy.training.steps import image_classification_step
 
-options = arguments(__doc__, "runs/digits")
+options = argument_parser(__doc__, "runs/digits").parse_args()
 steps = 4 if options.smoke else 900
 
 

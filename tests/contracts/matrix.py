@@ -7,11 +7,11 @@ import torch
 
 from swissarmy.testing import CHECKS, SHARDED_CHECKS, Addition, check_sharded
 from swissarmy.testing.contract import applies
-from tests.contracts.rows import NOT_CHECKED, ROWS, pairs, singles
+from tests.contracts.rows import EXCLUDED, FAMILIES, NOT_CHECKED, ROWS, pairs, singles
 
 ALL_CHECKS: Final = (*CHECKS, *SHARDED_CHECKS)
-FOR_PAIRS: Final = {"compiles whole": ("gpt2", "t5"), **dict.fromkeys(SHARDED_CHECKS, ("gpt2", "t5"))}
-"""Checks that take a second or start processes: pairs go through them on these families alone."""
+FOR_PAIRS: Final = {"compiles whole": (), **dict.fromkeys(SHARDED_CHECKS, ("gpt2", "t5"))}
+"""Pairs are spread over processes on these families alone, and not compiled: all mixins at once are."""
 
 
 class Case(NamedTuple):
@@ -33,15 +33,28 @@ class Case(NamedTuple):
     def _takes(self, check: str) -> bool:
         if any((row, check) in NOT_CHECKED for row in self.rows):
             return False
-        if len(self.rows) > 1 and self.family not in FOR_PAIRS.get(check, (self.family,)):
+        if len(self.rows) > 2:
+            return check == "compiles whole"
+        if len(self.rows) == 2 and self.family not in FOR_PAIRS.get(check, (self.family,)):
             return False
         return applies(check, self.family, self.additions)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every mixin alone, and every pair."""
+    """Every mixin alone, every pair, and all at once."""
     yield from (Case(family, (row,)) for family, row in singles())
     yield from (Case(family, (first, second)) for family, first, second in pairs())
+    yield from (Case(family, all_rows(family)) for family in FAMILIES)
+
+
+def all_rows(family: str) -> tuple[str, ...]:
+    """As many rows as a family takes at once."""
+    chosen: list[str] = []
+    for row in ROWS:
+        clashes = any({(row, other), (other, row)} & set(EXCLUDED) for other in (*chosen, family))
+        if not clashes and (row, "compiles whole") not in NOT_CHECKED:
+            chosen.append(row)
+    return tuple(chosen)
 
 
 class Result(NamedTuple):

@@ -97,8 +97,8 @@ def _pairs(results: Mapping[str, Any]) -> str:
     number = len({(first, second) for _, first, second in pairs()})
     lines = [
         "\n## Pairs\n",
-        f"{number} pairs of mixins of different classes, on every family that both are for "
-        f"({' and '.join(f'`{name}`' for name in FOR_PAIRS)} on {' and '.join(FOR_PAIRS['compiles whole'])} alone):\n",
+        f"{number} pairs of mixins of different classes, on every family that both are for; on two processes on "
+        f"{' and '.join(FOR_PAIRS['TP x 2'])}. Compiled are all mixins at once that a family takes.\n",
         "| check | combinations passed |",
         "|---|---|",
         *(f"| {check} | {results['pairs'].get(check, 0)} |" for check in ALL_CHECKS),
