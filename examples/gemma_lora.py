@@ -63,7 +63,9 @@ def run(way: str) -> None:
     config = sat.TrainConfig(
         output=str(folder / way),
         train_data=(write_records(folder / way / "train.jsonl", passages(held_out=False)),),
-        valid_data=(write_records(folder / way / "held_out.jsonl", passages(held_out=True)[: 2 if options.smoke else None]),),
+        valid_data=(
+            write_records(folder / way / "held_out.jsonl", passages(held_out=True)[: 2 if options.smoke else None]),
+        ),
         sequence_length=16 if options.smoke else 160,
         append_eos=False,
         train_iters=1 if options.smoke else 3 if way == "full" else 20,

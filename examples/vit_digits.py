@@ -14,7 +14,7 @@ import swissarmy as sat
 from swissarmy.training.steps import image_classification_step
 
 options = argument_parser(__doc__, "runs/digits").parse_args()
-steps = 4 if options.smoke else 900
+steps = 4 if options.smoke else 600
 
 
 # (a) The data: any object with a length and records by number will do.

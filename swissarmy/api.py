@@ -28,6 +28,8 @@ from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.config import DataConfig
 from swissarmy.data.loading.batches import LoaderError
 from swissarmy.data.loading.loader import FingerprintError, Loader
+from swissarmy.data.objectives.collator import objective_collator
+from swissarmy.data.objectives.options import ObjectiveOptions
 from swissarmy.data.order.blend import Blend
 from swissarmy.data.prepare import create_dataset
 from swissarmy.data.samples.chat_encoder import ChatEncoder
@@ -94,12 +96,15 @@ from swissarmy.models._family import list_models
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Causal, Dense, Documents, Full, Mask, Padding, PrefixLM, SlidingWindow
 from swissarmy.nn.rotary import RopeParameters
+from swissarmy.nn.token_losses import TokenLosses
 
 if TYPE_CHECKING:
     from swissarmy.training.callbacks.base import Callback, Run
     from swissarmy.training.config import TrainConfig
     from swissarmy.training.spikes import TrainingError
     from swissarmy.training.steps.distillation import distillation_step
+    from swissarmy.training.steps.labels import classification_step, image_classification_step
+    from swissarmy.training.steps.tokens import blank_infilling_step, causal_lm_step, masked_lm_step, seq2seq_step
     from swissarmy.training.train import TrainResult, train
 
 _OF_TRAINING = {
@@ -108,7 +113,13 @@ _OF_TRAINING = {
     "TrainConfig": "config",
     "TrainResult": "train",
     "TrainingError": "spikes",
+    "blank_infilling_step": "steps.tokens",
+    "causal_lm_step": "steps.tokens",
+    "classification_step": "steps.labels",
     "distillation_step": "steps.distillation",
+    "image_classification_step": "steps.labels",
+    "masked_lm_step": "steps.tokens",
+    "seq2seq_step": "steps.tokens",
     "train": "train",
 }
 """In which of its modules a name is."""
@@ -198,6 +209,7 @@ __all__ = [
     "MissingExtraError",
     "MixtureOfExpertsMixin",
     "NoHeadMixin",
+    "ObjectiveOptions",
     "PTuningMixin",
     "Packed",
     "Padding",
@@ -227,6 +239,7 @@ __all__ = [
     "StreamSource",
     "SwissArmyError",
     "TextEncoder",
+    "TokenLosses",
     "TokenStrategy",
     "TokenTypesMixin",
     "TokenizerError",
@@ -239,8 +252,11 @@ __all__ = [
     "VeRAMixin",
     "Wrapped",
     "as_source",
+    "blank_infilling_step",
     "build_loaders",
     "bundle_adapters",
+    "causal_lm_step",
+    "classification_step",
     "create_dataset",
     "distillation_step",
     "evaluate_perplexity",
@@ -251,18 +267,22 @@ __all__ = [
     "generate",
     "generate_with_logprobs",
     "gnmt_length_penalty",
+    "image_classification_step",
     "json_schema_constraint",
     "list_models",
     "load",
     "load_adapter",
     "load_tokenizer",
+    "masked_lm_step",
     "merge_mixin",
     "non_conflict",
+    "objective_collator",
     "open_source",
     "open_stream",
     "power_length_penalty",
     "regex_constraint",
     "replaceable",
+    "seq2seq_step",
     "stream",
     "train",
     "unmerge_mixin",
