@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check contracts distributed survives format bench clean
+.PHONY: quickstart examples test check contracts distributed survives format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -14,6 +14,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart.py
+
+examples: $(STAMP)
+	runs=$$(mktemp -d) && \
+	$(BIN)/sat train --config examples/pretrain_gpt.yaml --output $$runs/gpt && \
+	$(BIN)/sat generate $$runs/gpt/final --prompt "And Jesus said unto" --max-new-tokens 200 --temperature 0.5 && \
+	$(BIN)/python examples/vit_digits.py --output $$runs/digits && \
+	$(BIN)/python examples/t5_span_corruption.py --output $$runs/t5 && \
+	$(BIN)/python examples/classify_verses.py --output $$runs/verses && \
+	$(BIN)/python examples/gemma_lora.py --output $$runs/gemma
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2

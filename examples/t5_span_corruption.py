@@ -28,6 +28,9 @@ train, held_out = (
     for out in (False, True)
 )
 
+if options.smoke:
+    train, held_out = train[:64], held_out[:8]
+
 # (b) A tokenizer of 1,000 pieces of words, and the sentinels that stand for what is missing.
 SPECIAL = ["<pad>", "</s>", *(f"<extra_id_{number}>" for number in range(24))]
 pieces = Tokenizer(models.BPE())

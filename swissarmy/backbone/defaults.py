@@ -30,6 +30,10 @@ def look_up(table: nn.Module | None, input_ids: Tensor | None) -> Tensor:
     if table is None or input_ids is None:
         raise HookCallError("the model needs input_ids [b, s], and a vocabulary to look them up in.")
     try:
+        if isinstance(table, nn.Embedding) and type(table.weight) is not nn.Parameter:
+            from swissarmy.nn.shared_vocabulary import check_ids  # at call time: one process needs none of this
+
+            check_ids(input_ids, table.num_embeddings)
         embedded: Tensor = table(input_ids)
     except IndexError:
         raise HookCallError(

@@ -50,7 +50,7 @@ class TargetScoresMixin(BaseMixin):
         vocabulary = max(kw_args["transformer"].config.vocab_size, 1)
         at_once = max(1, LOGITS_AT_ONCE // (len(hidden_states) * vocabulary))
         exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        losses = hidden_states.new_zeros(loss_targets.shape, dtype=exact)
+        losses = torch.zeros(loss_targets.shape, dtype=exact, device=loss_targets.device)
         is_likeliest = torch.ones_like(loss_targets, dtype=torch.bool)
         columns = (loss_targets != SKIPPED).any(dim=0).nonzero().flatten()
         for chosen in torch.split(columns, at_once) if len(columns) else ():
@@ -102,7 +102,11 @@ def check_predicts(decoder: BaseModel, *, is_masked: bool = False) -> None:
 
 
 def _checked(logits: Any, targets: Tensor) -> Tensor:
-    """The head's logits `[b, s, v]`, if they are that."""
+    """The head's logits `[b, s, v]`, if they are that; put together, if processes share the vocabulary."""
+    if isinstance(logits, Tensor) and type(logits) is not Tensor:
+        from swissarmy.nn.shared_vocabulary import whole  # at call time: a model in one process needs none of this
+
+        logits = whole(logits)
     if isinstance(logits, Tensor) and logits.shape[:-1] == targets.shape and logits.shape[-1] > targets.max():
         return logits
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -43,7 +43,8 @@ def attention(
         from swissarmy.nn.shared_heads import on_own_heads
 
         if isinstance(q, DTensor):
-            return on_own_heads(kernel, q, k, v, mask, bias)
+            draws = dropout_fn.training and dropout_fn.p > 0 if isinstance(dropout_fn, nn.Dropout) else True
+            return on_own_heads(kernel, q, k, v, mask, bias, draws=draws)
     return kernel(q, k, v, mask, bias)
 
 

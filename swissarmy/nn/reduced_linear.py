@@ -21,6 +21,8 @@ Kind = Literal["fp16", "int8", "int4"]
 
 INPUTS: Final = 32
 """PyTorch's integer kernels read the inputs of a row by so many, past its end if they must."""
+WIDENED_AT_ONCE: Final = 1 << 22
+"""How many weights are widened at a time for a gradient: a head widened whole would be the peak of a training step."""
 
 
 class ReducedLinear(nn.Module, ABC):
@@ -49,6 +51,11 @@ class ReducedLinear(nn.Module, ABC):
         units = torch.eye(self.in_features)
         widened: Tensor = (self.multiply(units) - self.multiply(torch.zeros_like(units[:1]))).t()
         return widened
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        """From the gradient of a product `[..., o]` that of its input `[..., i]`."""
+        gradient: Tensor = grad @ self.widened().to(device=grad.device, dtype=grad.dtype)
+        return gradient
 
     def extra_repr(self) -> str:
         """The sizes, for printing."""
@@ -113,7 +120,20 @@ class Int8Linear(ReducedLinear):
 
     def widened(self) -> Tensor:
         """The weight, float32 `[o, i]`, without a product's rounding."""
-        return self.steps[:, : self.in_features].float() * self.scale.float()[:, None]
+        return self._widened(slice(None))
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        """Some outputs at a time, added up in float32 at least."""
+        rows, size = grad.flatten(0, -2), max(1, WIDENED_AT_ONCE // self.in_features)
+        precise = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(len(rows), self.in_features, dtype=precise)
+        for start in range(0, self.out_features, size):
+            some = slice(start, start + size)
+            total += rows[:, some] @ self._widened(some).to(grad.dtype)
+        return total.to(grad.dtype).view(*grad.shape[:-1], self.in_features)
+
+    def _widened(self, outputs: slice) -> Tensor:
+        return self.steps[outputs, : self.in_features].float() * self.scale[outputs].float()[:, None]
 
 
 @final
@@ -254,7 +274,7 @@ def _shape(x: Tensor, handle: int, out_features: int) -> Tensor:
 @torch.library.custom_op("swissarmy::reduced_linear_gradient", mutates_args=())
 def _multiply_back(grad: Tensor, handle: int, in_features: int) -> Tensor:
     """From the gradient of a product `[..., o]` that of its input `[..., i]`; whole in a compiled graph too."""
-    return grad @ _widened_like(grad, handle)
+    return _LIVING[handle].multiply_back(grad)
 
 
 @_multiply_back.register_fake

@@ -7,8 +7,10 @@ Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -27,6 +29,8 @@ def on_own_heads(
     v: Tensor,
     mask: Mask,
     bias: Tensor | None,
+    *,
+    draws: bool = False,
 ) -> DTensor:
     """Run `kernel(q, k, v, mask, bias)` on the heads of this process; their number divides evenly.
 
@@ -37,14 +41,28 @@ def on_own_heads(
         v: Values.
         mask: Which key each query sees.
         bias: Added to the scores, `[b|1, heads|1, s|1, t]`.
+        draws: Whether the kernel draws random numbers (dropout): each process then draws its own for its heads, and
+            all go on afterwards with the same ones.
 
     Returns:
         `[b, heads, s, d]`, shared by heads.
     """
     mesh = q.device_mesh
     own_q, own_k, own_v = (_own_heads(x, mesh) for x in (q, k, v))
-    result = kernel(own_q, own_k, own_v, _own_mask(mask, own_q, own_k, mesh), _own_bias(bias, mesh))
+    run = partial(kernel, own_q, own_k, own_v, _own_mask(mask, own_q, own_k, mesh), _own_bias(bias, mesh))
+    result = _with_own_draws(run, mesh) if draws else run()
     return DTensor.from_local(result, mesh, HEADS, run_check=False)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot hold the state of a generator
+def _with_own_draws(run: Callable[[], Tensor], mesh: DeviceMesh) -> Tensor:
+    """Run with random numbers that follow from the common ones and from the place of this process."""
+    seed = int(torch.randint(1 << 62, (), device="cpu")) + mesh.get_local_rank()
+    device = mesh.device_type
+    devices = [] if device == "cpu" else [torch.accelerator.current_device_index()]
+    with torch.random.fork_rng(devices, device_type="cuda" if device == "cpu" else device):
+        torch.manual_seed(seed)
+        return run()
 
 
 def _own_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:

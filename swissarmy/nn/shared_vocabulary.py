@@ -29,6 +29,19 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Refuse ids that are in no process's part of a table: looked up, they would give zeros.
+
+    Raises:
+        IndexError: On a CPU; an accelerator, which nobody is to wait for, fails by itself, as with a whole table.
+    """
+    known = ((ids >= 0) & (ids < vocabulary)).all()
+    if ids.device.type != "cpu":
+        torch._assert_async(known, "an id is outside the vocabulary")
+    elif not known:
+        raise IndexError("an id is outside the vocabulary")
+
+
 def loss_terms(logits: Tensor, targets: Tensor) -> LossTerms:
     """From logits `[1, n, v]`, shared by vocabulary or whole, and targets `[n]`."""
     if isinstance(logits, DTensor) and any(isinstance(each, Shard) for each in logits.placements):

@@ -13,7 +13,9 @@ from swissarmy.training.config import TrainConfig
 CONFIG: Final = "config.yaml"
 FINAL: Final = "final"
 CHECKPOINTS: Final = "checkpoints"
-"""What a run's folder holds, beside records and reports."""
+METRICS: Final = "metrics.jsonl"
+OF_A_RUN: Final = (CONFIG, FINAL, CHECKPOINTS, METRICS)
+"""What only a run leaves in a folder."""
 
 
 def open_folder(config: TrainConfig) -> Path:
@@ -23,7 +25,7 @@ def open_folder(config: TrainConfig) -> Path:
         ConfigError: It cannot be written, or holds a run already and is not to be resumed.
     """
     folder = Path(config.output)
-    is_run = any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, FINAL))
+    is_run = any((folder / name).exists() for name in OF_A_RUN)
     if is_run and config.resume == "never":
         raise ConfigError(f"output={folder} holds a run: resume it (--resume auto), or name another folder.")
     try:

@@ -72,7 +72,10 @@ def train_steps(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> Non
             run.skipped_in_a_row = 0
             if run.ema is not None:
                 run.ema.update()
-        run.scaler.update(overflowed=not math.isfinite(grad_norm))
+        overflowed = not math.isfinite(grad_norm)
+        if overflowed and math.isfinite(sums.mean_loss) and run.scaler.is_searching:
+            run.skipped_in_a_row = 0  # it is the loss scale that is too large
+        run.scaler.update(overflowed=overflowed)
 
         run.last = StepReport(
             step=run.step,

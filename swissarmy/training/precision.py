@@ -77,6 +77,11 @@ class LossScaler:
         """What to call `backward` on."""
         return loss * self.scale if self.enabled else loss
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether the scale may still fall, so that an overflow says nothing of the run."""
+        return self.enabled and self.scale > SMALLEST_SCALE
+
     def update(self, *, overflowed: bool) -> None:
         """After each window: whether any rank's gradients were not finite."""
         if not self.enabled:
@@ -88,10 +93,12 @@ class LossScaler:
             self.scale, self.steps_since_change = self.scale * 2, 0
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """Plain numbers; none where the scale is 1 and stays."""
+        if not self.enabled:
+            return {}
         return {"scale": self.scale, "steps_since_change": self.steps_since_change}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue; a state of another precision changes nothing."""
-        if self.enabled and state["scale"] != 1.0:
+        if self.enabled and "scale" in state:
             self.scale, self.steps_since_change = float(state["scale"]), int(state["steps_since_change"])

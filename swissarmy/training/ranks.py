@@ -1,6 +1,7 @@
 """The processes of a run: who they are, what they add up, and what they must agree on."""
 
 import os
+import pickle
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from swissarmy.core.config import report
-from swissarmy.core.errors import ConfigError
+from swissarmy.core.errors import ConfigError, SwissArmyError
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
 
 T = TypeVar("T")
@@ -79,7 +80,10 @@ class Ranks:
             except Exception as error:  # noqa: BLE001 - raised again below, on every rank
                 outcome[1] = error
         if self.world_size > 1:
+            own = outcome[1]
+            outcome[1] = None if own is None else sendable(own)
             dist.broadcast_object_list(outcome, src=0, group=self.group)
+            outcome[1] = own or outcome[1]
         if outcome[1] is not None:
             raise outcome[1]
         result: T = outcome[0]
@@ -117,6 +121,15 @@ class Ranks:
             if first.get(name) != other.get(name)
         }
         report(f"the ranks do not agree on {what}:", sorted(differing))
+
+
+def sendable(error: Exception) -> Exception:
+    """The error, or one of a plain type with the same words where it cannot travel."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - an exception's own way to be copied may fail in any way
+        return SwissArmyError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swissarmy.core.errors import ConfigError
-from swissarmy.nn.reduced_linear import PACKED, Kind, ReducedLinear, WidenedLinear, reduce_linear
+from swissarmy.nn import reduced_linear
+from swissarmy.nn.reduced_linear import PACKED, Int8Linear, Kind, ReducedLinear, WidenedLinear, reduce_linear
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ERROR = {"fp16": 4e-4, "int8": 1.2e-2, "int4": 0.1}
@@ -69,6 +70,15 @@ def test_gradients_reach_the_input_only(make: type[ReducedLinear]) -> None:
     (second,) = torch.autograd.grad((grad * direction).sum(), x)
     weight = reduced.widened()
     torch.testing.assert_close(second, direction @ weight.t() @ weight)
+
+
+def test_gradients_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, weight, bias = operands(64, 48, 5)
+    reduced, grad = Int8Linear(weight, bias), torch.randn(2, 3, 48)
+    whole = reduced.multiply_back(grad)
+    monkeypatch.setattr(reduced_linear, "WIDENED_AT_ONCE", 7 * 64)  # outputs by seven: the last piece is shorter
+    torch.testing.assert_close(reduced.multiply_back(grad), whole)
+    torch.testing.assert_close(whole, grad @ reduced.widened())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -118,3 +118,21 @@ def test_other_precisions_have_no_scale(precision):
     scaler.update(overflowed=True)
     scaler.load_state_dict({"scale": 4.0, "steps_since_change": 1})
     assert scaler.scale == 1.0
+
+
+def test_a_scale_of_one_is_a_scale_like_any_other() -> None:
+    first = LossScaler(PrecisionOptions(precision="fp16"), initial=2.0)
+    first.update(overflowed=True)
+    assert first.scale == 1.0
+    second = LossScaler(PrecisionOptions(precision="fp16"))
+    second.load_state_dict(first.state_dict())
+    assert second.scale == 1.0
+    assert LossScaler(PrecisionOptions(precision="bf16")).state_dict() == {}
+
+
+def test_it_searches_until_it_cannot_fall() -> None:
+    scaler = LossScaler(PrecisionOptions(precision="fp16"), initial=2.0**-15)
+    assert scaler.is_searching
+    scaler.update(overflowed=True)
+    assert not scaler.is_searching
+    assert not LossScaler(PrecisionOptions()).is_searching
