@@ -58,6 +58,11 @@ class Model(nn.Module, ABC):
         """The precision of the parameters."""
         return self._some_parameter().dtype
 
+    @property
+    def saved(self) -> "Model":
+        """The model that is written when this one is saved: itself, unless it only helps another one to train."""
+        return self
+
     @abstractmethod
     def add_mixin(self, name: str, mixin: Any, part: str | None = None) -> Self:
         """Add a mixin; in a model of parts to one part, or to every part that it suits."""
@@ -120,7 +125,7 @@ class Model(nn.Module, ABC):
         """
         from swissarmy.interop.save import save_pretrained  # upward, so at call time: loading needs no saving
 
-        save_pretrained(self, Path(folder))
+        save_pretrained(self.saved, Path(folder))
 
     def save_adapter(self, folder: str | Path, name: str | None = None) -> None:
         """Write a mixin of this model as PEFT does; `sat.load_adapter` and `peft` read it.

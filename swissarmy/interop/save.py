@@ -45,19 +45,29 @@ def write_model(model: Model, target: Path, whole: Whole = as_it_is) -> None:
     Raises:
         CheckpointError: The model has lost a part that its family's layout needs.
     """
-    source = model.source or _plain_source(model)
-    parameters = dict(model.named_parameters())
+    source, parameters = check_savable(model), dict(model.named_parameters())
     _check_present(parameters)
     weight_map: WeightMap = source.family.weights(source.config)
     own = {name: parameters[name] for name in parameters if name in source.own_names}
     entries = weight_map.entries(own)
-    _check_complete(source, model, parameters)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     values = {**source.values, "architectures": [source.config.architecture], "dtype": dtype}
     values.pop("torch_dtype", None)  # the old name of dtype
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     save_safetensors(target, _their_tensors(entries, own, weight_map.copies, whole))
     write_mixins(model, source, target, whole)
+
+
+def check_savable(model: Model) -> Source:
+    """Refuse a model that no folder could bring back; gives what it will be saved as. Looks at no values.
+
+    Raises:
+        CheckpointError: The model has lost a part that its family's layout needs, or is no family's and more than
+            the plain backbone.
+    """
+    source: Source = model.source or _plain_source(model)
+    _check_complete(source, model, dict(model.named_parameters()))
+    return source
 
 
 def _their_tensors(

@@ -7,7 +7,6 @@ Shapes: b rows, s positions, h hidden size.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
@@ -111,9 +110,10 @@ class DistillationModel(CompositeModel):
         self._keep_teacher()
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the student."""
-        self.student.save_pretrained(folder)
+    @property
+    def saved(self) -> Model:
+        """The student: the teacher was needed to train it, and is saved already."""
+        return self.student
 
     def for_decoding(self, **kw_args: Any) -> tuple[BaseModel, dict[str, Any]]:
         """The student's."""

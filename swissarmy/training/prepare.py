@@ -20,6 +20,7 @@ from swissarmy.data.prepare import CreateDataset
 from swissarmy.data.prepare import create_dataset as open_by_extension
 from swissarmy.data.samples.examples import Encoder
 from swissarmy.data.tokenizer import Tokenizer
+from swissarmy.interop.save import check_savable
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.parallel.materialize import Weights, materialize
 from swissarmy.training.parallel.mesh import check_plan
@@ -69,9 +70,11 @@ def check_model(model: Model, config: TrainConfig, ranks: Ranks) -> None:
 
     Raises:
         ConfigError: All that does not fit.
+        CheckpointError: It could not be saved in the end.
     """
     configs = [plain.config for _, plain in iterate_models(model)]
     check_plan(config, configs, ranks.world_size, ranks.device.type)
+    check_savable(model.saved)  # a run that ends without a model to keep should not begin
     if config.trainable:
         freeze_except(model, config.trainable)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -287,3 +287,20 @@ def test_a_model_without_anything_to_train_is_refused(tmp_path: Path) -> None:
     frozen = model_of().requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter of the model trains"):
         train(frozen, step, open_rows, config_for(tmp_path / "run"))
+
+
+def test_a_model_that_could_not_be_saved_in_the_end_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = model_of()
+    model.del_mixin("positions")
+    diary = Diary()
+    with pytest.raises(sat.CheckpointError, match="was removed from the model"):
+        run(tmp_path / "run", model=model, callbacks=[diary])
+    assert not diary.reports
+
+
+def test_distillation_leaves_the_student(tmp_path: Path) -> None:
+    student = model_of(seed=1)
+    model = sat.DistillationModel(teacher=model_of(seed=0), student=student)
+    run(tmp_path / "run", model=model, forward_step=sat.distillation_step)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(sat.load(tmp_path / "run" / "final")(ids)[0], student(ids)[0])

@@ -35,6 +35,7 @@ def save_final(model: Model, folder: Path, tokenizer: Tokenizer | None, ranks: R
     Raises:
         CheckpointError: On every rank: it cannot be written, or holds files that no save wrote.
     """
+    model = model.saved
     gathering = _Gathering(model, ranks)
     if ranks.is_first:
         gathering.end(_error_of(model, folder, tokenizer, gathering))
