@@ -50,6 +50,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/hook_overhead.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/adapter_rows.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
