@@ -37,7 +37,7 @@ class ModelChoice(Options):
     mixins: Annotated[Mapping[str, Mapping[str, Any]], tyro.conf.Suppress] = field(default_factory=dict)
     """In a config file: mixins to add, by name; each has its `type`, a mixin of the library, and that one's options."""
     mixin: tuple[str, ...] = ()
-    """The same on the command line: `"lora: {type: LoRAMixin, r: 8}"`. Where mixins are added, they alone train."""
+    """Mixins to add, each as `"lora: {type: LoRAMixin, r: 8}"` (in a file: `mixins:`). They alone train then."""
     lora_rank: int | None = None
     """Add LoRA of this rank, under the name `lora`."""
     lora_alpha: float | None = None
