@@ -127,15 +127,33 @@ def _results(ranks: Sequence[_Rank], deadline: float, timeout: float) -> list[An
         for rank in ready:
             report = ranks[rank].report()
             if report is None:  # what others say of a lost connection comes later and matters less
-                cause = ranks[rank].cause_of_death()
-                raise ChildProcessError(f"rank {rank} of {len(ranks)} died without a word: {cause}.")
+                raise _death(ranks, rank)
             reports[rank] = report
         failed = [report for report in reports.values() if report.error is not None]
         if failed:
+            _look_for_the_dead(ranks, reports)
             error = min(failed, key=lambda report: report.when).error
             assert error is not None
             raise error
     return [reports[rank].result for rank in range(len(ranks))]
+
+
+def _look_for_the_dead(ranks: Sequence[_Rank], reports: Mapping[int, _Report], patience: float = 3.0) -> None:
+    """A rank that dies closes its connections first: others may speak of that before it is gone.
+
+    Raises:
+        ChildProcessError: A rank died without a word.
+    """
+    deadline = time.monotonic() + patience
+    silent = {rank: each for rank, each in enumerate(ranks) if rank not in reports}
+    while silent and (ready := _wait(silent, deadline)):
+        for rank in ready:
+            if silent.pop(rank).report() is None:
+                raise _death(ranks, rank)
+
+
+def _death(ranks: Sequence[_Rank], rank: int) -> ChildProcessError:
+    return ChildProcessError(f"rank {rank} of {len(ranks)} died without a word: {ranks[rank].cause_of_death()}.")
 
 
 def _wait(running: Mapping[int, _Rank], deadline: float) -> list[int]:

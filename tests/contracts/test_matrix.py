@@ -21,7 +21,7 @@ from tests.contracts.rows import FAMILIES, NOT_ON_TOP, ROWS, singles
 QUICK = [check for check in CHECKS if check != "compiles whole"]
 
 
-@pytest.mark.parametrize(("family", "row"), singles())
+@pytest.mark.parametrize(("family", "row"), list(singles()))
 def test_a_mixin_keeps_the_contract_on_a_family(family: str, row: str) -> None:
     problems = {result.check: result.problem for result in run_here(Case(family, (row,)), QUICK)}
     assert problems
