@@ -94,6 +94,8 @@ def _exclusions() -> str:
 
 
 def _pairs(results: Mapping[str, Any]) -> str:
+    if not results["pairs"]:
+        return "\n## Pairs\n\nThe last run left them out (`--alone`); `make contracts` runs them.\n"
     number = len({(first, second) for _, first, second in pairs()})
     lines = [
         "\n## Pairs\n",
