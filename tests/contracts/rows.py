@@ -65,6 +65,8 @@ EXCLUDED: Mapping[tuple[str, str], str] = {
     ("rotary", "llama"): "it has rotary positions already, and a key is rotated once",
     ("rotary", "gemma3_text"): "it has rotary positions already, and a key is rotated once",
     ("LoRA", "mixture of experts"): "experts take the place of the MLP, whose LoRA then has no part in anything",
+    ("token types", "vit"): "a picture has no first and second text to tell apart",
+    ("token types", "deit"): "a picture has no first and second text to tell apart",
     ("P-tuning", "prompt tuning"): "a model takes one prompt; two are refused",
     ("mixture of experts", "reduced weights"): "the experts' own weights are reduced too, and have no gradient then",
 }
