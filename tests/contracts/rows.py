@@ -53,6 +53,7 @@ NOT_ON_TOP: Mapping[str, str] = {
     "LearnedPositionsMixin": "replaces the positions; tested with the families that have them",
     "MLMHeadMixin": "replaces the head; tested with the families that have it",
     "MLPHeadMixin": "replaces the head; tested in tests/mixins/test_mlp_head.py",
+    "MergeableMixin": "is what mixins with merge and unmerge have in common, and none by itself",
     "NoHeadMixin": "replaces the head; tested with the families that have it",
     "PatchEmbeddingMixin": "replaces the word embedding; tested with ViT",
     "PoolerMixin": "replaces the head; tested with the families that have it",
