@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,11 @@ class LayerChanges(nn.ModuleDict):
         return changed
 
 
-class TargetedMixin(MergeableMixin, ABC):
+Change = TypeVar("Change", bound=nn.Module)
+"""What a method does to one projection."""
+
+
+class TargetedMixin(MergeableMixin, ABC, Generic[Change]):
     """A mixin with a change for each projection that its configuration selects, in `layers[i]`."""
 
     config_type: ClassVar[type[TargetsConfig]]
@@ -103,7 +107,7 @@ class TargetedMixin(MergeableMixin, ABC):
             self._changes(projection.layer_id)[module_name(projection.name)] = self.make_change(projection)
 
     @abstractmethod
-    def make_change(self, projection: Projection) -> nn.Module:
+    def make_change(self, projection: Projection) -> Change:
         """The change of one projection, at its start."""
 
     @classmethod
@@ -141,9 +145,17 @@ class TargetedMixin(MergeableMixin, ABC):
         """The fields of its configuration."""
         return self.config.to_dict()
 
-    def change_of(self, projection: Projection) -> nn.Module | None:
+    def change_at(self, projection: Projection) -> Change | None:
         """The change of a projection, if it has one."""
-        return self._changes(projection.layer_id)._modules.get(module_name(projection.name))
+        return cast("Change | None", self._changes(projection.layer_id)._modules.get(module_name(projection.name)))
+
+    def changed(self, layer_id: int, name: str, projected: Tensor, *arguments: Any) -> Tensor:
+        """What a projection's change makes of its result and more; the result itself where there is no change."""
+        layer, key = self._changes(layer_id), module_name(name)
+        if key not in layer:
+            return projected
+        changed: Tensor = layer(key, projected, *arguments)
+        return changed
 
     def _changes(self, layer_id: int) -> LayerChanges:
         layer = self.layers[layer_id]

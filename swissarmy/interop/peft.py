@@ -163,7 +163,7 @@ def _check_places(mixins: Mapping[str, BaseMixin], model: Model) -> None:
     targeted = {key: mixin for key, mixin in mixins.items() if isinstance(mixin, TargetedMixin)}
     for key, mixin in targeted.items():
         for projection in projections_of(plain_models(model)[key]):
-            if mixin.change_of(projection) is not None and (key, projection.address) not in known:
+            if mixin.change_at(projection) is not None and (key, projection.address) not in known:
                 raise CheckpointError(
                     f"'{projection.module}' has no module in this family's Hugging Face model, so PEFT cannot "
                     "represent its change: save_pretrained keeps it."

@@ -23,7 +23,7 @@ from swissarmy.mixins.ia3 import IA3Config, IA3Mixin
 from swissarmy.mixins.vera import VeRAConfig, VeRAMixin
 
 VERA_SHARED = ("base_model.vera_A", "base_model.vera_B")
-M = TypeVar("M", bound=TargetedMixin)
+M = TypeVar("M", bound=TargetedMixin[Any])
 Vectors = dict[str, dict[str, dict[str, Tensor]]]
 """What belongs to our projections: by part, address, and the parameter's name."""
 
@@ -69,7 +69,7 @@ def write_ia3(model: Model, mixins: Mapping[str, IA3Mixin]) -> tuple[dict[str, A
     """
     tensors, inputs = {}, []
     for path, module in _changed(model, mixins).items():
-        changes = [change and change.scale.detach() for change in _changes(module, mixins, IA3Mixin.change_at)]
+        changes = [change and change.scale.detach() for change in _changes(module, mixins)]
         of_input = {_stretches_input(mixins, place) for place in module.places if _has_change(mixins, place)}
         if of_input == {True}:
             inputs.append(path)
@@ -110,7 +110,7 @@ def write_bias(model: Model, mixins: Mapping[str, BitFitMixin]) -> tuple[dict[st
         raise CheckpointError(f"'{conv[0]}' is a Conv1D, and PEFT has BEFT for Linear only: save_pretrained keeps it.")
     tensors = {}
     for path, module in changed.items():
-        biases = [change and change.bias.detach() for change in _changes(module, mixins, BitFitMixin.change_at)]
+        biases = [change and change.bias.detach() for change in _changes(module, mixins)]
         tensors[f"{BASE}{path}.beft_bias"] = _joined(module, biases, 0.0)[None]
     return {"target_modules": sorted(changed)}, tensors
 
@@ -166,7 +166,7 @@ def write_vera(model: Model, mixins: Mapping[str, VeRAMixin]) -> tuple[dict[str,
     b = torch.cat((b, b.new_zeros(max(0, max(each.out_features for each in changed.values()) - len(b)), b.shape[1])))
     tensors = dict(zip(VERA_SHARED, (a, b), strict=True))
     for path, module in changed.items():
-        changes = _changes(module, mixins, VeRAMixin.change_at)
+        changes = _changes(module, mixins)
         for change, rows in zip(changes, module.rows, strict=True):
             if change is not None and change.rows.start != (start := _first_row(rows, path)):
                 raise CheckpointError(
@@ -212,7 +212,7 @@ def _first_row(rows: Tensor, path: str) -> int:
 def _filled(mixin: M, projections: list[Projection], vectors: Mapping[str, Mapping[str, Tensor]]) -> M:
     """The mixin with what was read, in its precision."""
     for projection in projections:
-        change = mixin.change_of(projection)
+        change = mixin.change_at(projection)
         if change is not None:
             own = vectors[projection.address]
             change.to(next(iter(own.values())).dtype)
@@ -222,22 +222,20 @@ def _filled(mixin: M, projections: list[Projection], vectors: Mapping[str, Mappi
     return mixin
 
 
-def _changes(module: PeftModule, mixins: Mapping[str, Any], change_at: Any) -> list[Any]:
+def _changes(module: PeftModule, mixins: Mapping[str, Any]) -> list[Any]:
     """The change of each of our projections in a module, `None` where there is none."""
-    return [
-        change_at(mixins[place.part], place.projection) if place.part in mixins else None for place in module.places
-    ]
+    return [mixins[place.part].change_at(place.projection) if place.part in mixins else None for place in module.places]
 
 
-def _has_change(mixins: Mapping[str, TargetedMixin], place: Place) -> bool:
-    return place.part in mixins and mixins[place.part].change_of(place.projection) is not None
+def _has_change(mixins: Mapping[str, TargetedMixin[Any]], place: Place) -> bool:
+    return place.part in mixins and mixins[place.part].change_at(place.projection) is not None
 
 
 def _stretches_input(mixins: Mapping[str, IA3Mixin], place: Place) -> bool:
     return mixins[place.part].config.stretches_input(place.projection)
 
 
-def _changed(model: Model, mixins: Mapping[str, TargetedMixin]) -> dict[str, PeftModule]:
+def _changed(model: Model, mixins: Mapping[str, TargetedMixin[Any]]) -> dict[str, PeftModule]:
     """The modules in which something is changed."""
     modules = peft_modules(model).items()
     return {path: module for path, module in modules if any(_has_change(mixins, place) for place in module.places)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.projections import Projection
-from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, module_name, precise
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, precise
 from swissarmy.core.hooks import Hook, non_conflict
 
 
@@ -43,7 +43,7 @@ class AddedBias(nn.Module):
 
 
 @final
-class BitFitMixin(TargetedMixin):
+class BitFitMixin(TargetedMixin[AddedBias]):
     """Trained biases; `for_model` takes the options of `BitFitConfig`."""
 
     config_type = BitFitConfig
@@ -54,21 +54,10 @@ class BitFitMixin(TargetedMixin):
         """A bias of zeros."""
         return AddedBias(projection.linear.out_features)
 
-    def change_at(self, projection: Projection) -> AddedBias | None:
-        """The bias beside a projection, if it has one."""
-        change = self.change_of(projection)
-        assert change is None or isinstance(change, AddedBias)
-        return change
-
     @non_conflict
     def linear_forward(self, x: Tensor, linear: nn.Linear, name: str, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Add the bias to what a projection gives."""
-        projected: Tensor = old_impl(x, linear, name)
-        layer, key = self.layers[kw_args["layer_id"]], module_name(name)
-        if key not in layer:
-            return projected
-        changed: Tensor = layer(key, projected)
-        return changed
+        return self.changed(kw_args["layer_id"], name, old_impl(x, linear, name))
 
     def merged(self, projection: Projection) -> None:
         """No weight changes."""

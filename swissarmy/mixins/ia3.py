@@ -50,7 +50,7 @@ class Stretch(nn.Module):
 
 
 @final
-class IA3Mixin(TargetedMixin):
+class IA3Mixin(TargetedMixin[Stretch]):
     """Stretched projections; `for_model` takes the options of `IA3Config`."""
 
     config_type = IA3Config
@@ -61,12 +61,6 @@ class IA3Mixin(TargetedMixin):
         """A vector of ones."""
         of_input = self.config.stretches_input(projection)
         return Stretch(projection.linear.in_features if of_input else projection.linear.out_features, of_input=of_input)
-
-    def change_at(self, projection: Projection) -> Stretch | None:
-        """The vector of a projection, if it has one."""
-        change = self.change_of(projection)
-        assert change is None or isinstance(change, Stretch)
-        return change
 
     @non_conflict
     def linear_forward(self, x: Tensor, linear: nn.Linear, name: str, *, old_impl: Hook, **kw_args: Any) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.projections import Projection, first_match
-from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, module_name, precise
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, precise
 from swissarmy.core.errors import ConfigError, HookCallError, HookDefinitionError
 from swissarmy.core.hooks import Hook, non_conflict
 
@@ -111,12 +111,12 @@ class LoRALinear(nn.Module):
         """The settings, for printing."""
         return f"r={self.r}, scale={self.scale:g}"
 
-    def forward(self, x: Tensor, projected: Tensor, linear: nn.Linear) -> Tensor:
+    def forward(self, projected: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
         """What the changed projection gives.
 
         Args:
-            x: `[..., in]`.
             projected: What the projection gives without the change, `[..., out]`.
+            x: `[..., in]`.
             linear: The projection, whose weight and bias DoRA reads.
         """
         low = F.linear(self.dropout(x) if self.training and self.dropout.p else x, self.lora_A)
@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
 
 
 @final
-class LoRAMixin(TargetedMixin):
+class LoRAMixin(TargetedMixin[LoRALinear]):
     """Changes of low rank at the projections that match `targets`; `for_model` takes the options of `LoRAConfig`.
 
     DoRA, PiSSA and OLoRA start from a model's weights, and so from `for_model`.
@@ -206,12 +206,6 @@ class LoRAMixin(TargetedMixin):
         """Plain LoRA adds to a weight and does not look at it; DoRA does."""
         return not self.config.dora
 
-    def change_at(self, projection: Projection) -> LoRALinear | None:
-        """The change of a projection, if it has one."""
-        change = self.change_of(projection)
-        assert change is None or isinstance(change, LoRALinear)
-        return change
-
     def merged(self, projection: Projection) -> Tensor | None:
         """The projection's weight with the change in it."""
         change = self.change_at(projection)
@@ -225,12 +219,7 @@ class LoRAMixin(TargetedMixin):
     @non_conflict
     def linear_forward(self, x: Tensor, linear: nn.Linear, name: str, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Add the change to what a projection gives."""
-        projected: Tensor = old_impl(x, linear, name)
-        layer, key = self.layers[kw_args["layer_id"]], module_name(name)
-        if key not in layer:
-            return projected
-        changed: Tensor = layer(key, x, projected, linear)
-        return changed
+        return self.changed(kw_args["layer_id"], name, old_impl(x, linear, name), x, linear)
 
 
 def _is_number(value: object, kind: type, least: float = -math.inf) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.projections import Projection, first_match
-from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, module_name, precise
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, precise
 from swissarmy.core.hooks import Hook, non_conflict
 
 
@@ -68,12 +68,12 @@ class VeRALinear(nn.Module):
         self.d = nn.Parameter(torch.full((config.r,), config.d_initial))
         self.b = nn.Parameter(torch.zeros(linear.out_features))
 
-    def forward(self, x: Tensor, projected: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, projected: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """What the changed projection gives.
 
         Args:
-            x: `[..., in]`.
             projected: What the projection gives without the change, `[..., out]`.
+            x: `[..., in]`.
             a: The matrix of all, `[r, widest in]`.
             b: The other one, `[widest out, r]`.
         """
@@ -90,7 +90,7 @@ class VeRALinear(nn.Module):
 
 
 @final
-class VeRAMixin(TargetedMixin):
+class VeRAMixin(TargetedMixin[VeRALinear]):
     """Changes of random directions and trained sizes; `for_model` takes the options of `VeRAConfig`."""
 
     A: Tensor
@@ -119,21 +119,10 @@ class VeRAMixin(TargetedMixin):
         """A change of zero."""
         return VeRALinear(projection.linear, self.config.rows(projection), self.config)
 
-    def change_at(self, projection: Projection) -> VeRALinear | None:
-        """The change of a projection, if it has one."""
-        change = self.change_of(projection)
-        assert change is None or isinstance(change, VeRALinear)
-        return change
-
     @non_conflict
     def linear_forward(self, x: Tensor, linear: nn.Linear, name: str, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Add the change to what a projection gives."""
-        projected: Tensor = old_impl(x, linear, name)
-        layer, key = self.layers[kw_args["layer_id"]], module_name(name)
-        if key not in layer:
-            return projected
-        changed: Tensor = layer(key, x, projected, self.A, self.B)
-        return changed
+        return self.changed(kw_args["layer_id"], name, old_impl(x, linear, name), x, self.A, self.B)
 
     def merged(self, projection: Projection) -> Tensor | None:
         """The projection's weight with the change in it."""

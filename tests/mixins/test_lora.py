@@ -102,7 +102,7 @@ def test_dora_takes_no_gradient_through_the_length_that_it_divides_by() -> None:
     turned = linear.weight.detach() + 16 / 3 * b @ a
     by_hand = F.linear(x, turned) * (magnitude / turned.detach().norm(dim=1)) + linear.bias
     by_hand.square().sum().backward()
-    change(x, linear(x), linear).square().sum().backward()
+    change(linear(x), x, linear).square().sum().backward()
     for own, expected in zip((change.lora_A, change.lora_B, change.magnitude), (a, b, magnitude), strict=True):
         close(own.grad, expected.grad)
 
@@ -130,7 +130,7 @@ def test_pissa_trains_the_largest_singular_vectors_and_leaves_the_rest_of_the_we
     expected = F.linear(x, weight - best + change.scale * change.lora_B @ change.lora_A)
     linear = nn.Linear(128, 32, bias=False, dtype=torch.float64)
     linear.weight.data = weight
-    close(change(x, linear(x), linear), expected, 1e-10)
+    close(change(linear(x), x, linear), expected, 1e-10)
 
 
 def test_olora_starts_from_orthonormal_columns() -> None:
@@ -145,7 +145,7 @@ def test_dropout_is_on_what_a_is_given_in_training_only() -> None:
     model.train()
     change, linear = change_of(model, "layers.0.mlp.down"), model.transformer.layers[0].mlp.down
     x = torch.ones(20_000, 128, dtype=torch.float64)
-    added = change(x, linear(x), linear) - linear(x)
+    added = change(linear(x), x, linear) - linear(x)
     assert added.std(dim=0).min() > 0
     expected = change.scale * F.linear(F.linear(x[:1], change.lora_A), change.lora_B)
     assert (added.mean(dim=0) - expected[0]).abs().max() < 0.1 * added.std(dim=0).max()
@@ -300,7 +300,7 @@ def test_a_frozen_projection_keeps_its_input_once_and_what_a_gives_for_the_backw
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        projected = change(x, linear(x), linear)
+        projected = change(linear(x), x, linear)
     for weight in (linear.weight, change.lora_A, change.lora_B):
         kept.pop(weight.untyped_storage().data_ptr(), None)
     assert sorted(kept.values()) == [2 * 3 * 3 * 8, 2 * 3 * 32 * 8]
