@@ -5,6 +5,7 @@ from typing import Final
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from swissarmy.backbone.model import Model
@@ -50,10 +51,11 @@ def check_sharded(check: str, cases: Sequence[Case], timeout: float = 600.0) -> 
 
 
 def _problems(rank: int, world_size: int, check: str, cases: Sequence[Case]) -> list[str | None]:
-    found: list[str | None] = []
+    options, found = SHARDED_CHECKS[check], list[str | None]()
+    mesh = make_mesh(options, "cpu")  # one for all: each has connections of its own, and a process may open few
     for family, additions in cases:
         try:
-            _compare(check, family, additions)
+            _compare(options, mesh, family, additions)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this case's problem; all ranks meet it
             found.append(f"{type(error).__name__}: {error}")
         else:
@@ -61,15 +63,13 @@ def _problems(rank: int, world_size: int, check: str, cases: Sequence[Case]) -> 
     return found
 
 
-def _compare(check: str, family: str, additions: Sequence[Addition]) -> None:
+def _compare(options: ParallelOptions, mesh: DeviceMesh, family: str, additions: Sequence[Addition]) -> None:
     """Raise `AssertionError` where this process sees another loss or gradient than alone."""
-    options = SHARDED_CHECKS[check]
     # with larger weights T5's unscaled attention saturates, and gradients are what rounding leaves of a difference
     alone, spread = (mixed(family, additions, scale=2.0)[0] for _ in range(2))
     inputs = inputs_of(alone)
     expected = _total(alone, inputs)
     backward(expected)
-    mesh = make_mesh(options, "cpu")
     parallelize(spread, options, mesh)
     rows = {name: value.chunk(options.shard)[mesh["shard"].get_local_rank()] for name, value in inputs.items()}
     with plain_tensors_are_whole():
