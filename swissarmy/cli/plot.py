@@ -87,9 +87,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path, name: str) -> Curves:
-    from swissarmy.training.callbacks.metrics_file import NAME, MetricsError, read_metrics
+    from swissarmy.training.callbacks.metrics_file import METRICS, MetricsError, read_metrics
 
-    path, curves = path if path.is_file() else path / NAME, Curves(name)
+    path, curves = path if path.is_file() else path / METRICS, Curves(name)
     for record in read_metrics(path):
         match record["kind"]:
             case "step":

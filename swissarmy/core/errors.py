@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import pickle
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -56,3 +57,15 @@ def require_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
         raise MissingExtraError(f'{purpose} needs `{module}`: pip install "swissarmy[{extra}]"') from error
+
+
+def sendable(error: Exception) -> Exception:
+    """The error for another process: one of a plain type with the same words where it cannot travel by pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - an exception's own way to be copied may fail in any way
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            plain.add_note(note)
+        return plain
+    return error

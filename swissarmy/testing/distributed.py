@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 import torch.distributed as dist
 
-from swissarmy.core.errors import SwissArmyError
+from swissarmy.core.errors import SwissArmyError, sendable
 
 T = TypeVar("T")
 
@@ -170,29 +170,11 @@ def _work(task: bytes, rank: int, world_size: int, store: str, timeout: float, p
         fn, args = pickle.loads(task)
         limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
-        message = _packed(_Report(fn(rank, world_size, *args), None, time.monotonic()))
+        report = pickle.dumps(_Report(fn(rank, world_size, *args), None, time.monotonic()))
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent raises it again
         error.add_note(f"raised in rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        message = _packed_error(error)
-    pipe.send_bytes(message)  # before the group is left, which lets the other ranks fail
+        report = pickle.dumps(_Report(None, sendable(error), time.monotonic()))
+    # plain pickling: what travels through multiprocessing's own keeps tensors in memory shared with a process that ends
+    pipe.send_bytes(report)  # before the group is left, which lets the other ranks fail
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _packed(report: _Report) -> bytes:
-    # plain pickling: what travels through multiprocessing's own keeps tensors in memory shared with a process that ends
-    return pickle.dumps(report)
-
-
-def _packed_error(error: Exception) -> bytes:
-    """The error, or one of a plain type with the same words where it cannot travel."""
-    when = time.monotonic()
-    try:
-        message = _packed(_Report(None, error, when))
-        pickle.loads(message)
-    except Exception:  # noqa: BLE001 - an exception's own way to be copied may fail in any way
-        plain = RuntimeError(f"{type(error).__name__}: {error}")
-        for note in error.__notes__:
-            plain.add_note(note)
-        return _packed(_Report(None, plain, when))
-    return message

@@ -8,12 +8,12 @@ import yaml
 
 from swissarmy.core.errors import ConfigError
 from swissarmy.core.files import replace_file
+from swissarmy.training.callbacks.metrics_file import METRICS
 from swissarmy.training.config import TrainConfig
 
 CONFIG: Final = "config.yaml"
 FINAL: Final = "final"
 CHECKPOINTS: Final = "checkpoints"
-METRICS: Final = "metrics.jsonl"
 OF_A_RUN: Final = (CONFIG, FINAL, CHECKPOINTS, METRICS)
 """What only a run leaves in a folder."""
 

@@ -36,65 +36,52 @@ def train_steps(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> Non
     def flags() -> tuple[bool, ...]:
         return signals.received == signal.SIGTERM, signals.received == signal.SIGINT, checkpoints.failed
 
-    config, ranks = run.config, run.ranks
-    assert run.loaders.train is not None, "a run has data to train on"
-    batches = iter(run.loaders.train)
+    loader = run.loaders.train
+    assert loader is not None, "a run has data to train on"
+    batches = iter(loader)
 
     while not run.is_last_step:
         began = time.perf_counter()
-        lr = learning_rate(config, run.step, run.train_iters)
+        lr = learning_rate(run.config, run.step, run.train_iters)
         set_learning_rate(run.optimizer, lr)
-
         window = run_window(
             run.model,
             batches,
             run.forward_step,
-            accumulation=run.loaders.train.batches.layout.accumulation,
-            precision=config,
+            accumulation=loader.batches.layout.accumulation,
+            precision=run.config,
             scaler=run.scaler,
-            ranks=ranks,
+            ranks=run.ranks,
             flags=flags,
         )
-        sums = window.sums
-        whole = sums.count * run.scaler.scale  # what gradients are the sum over, instead of the mean
-        grad_norm = math.sqrt(sums.squared_norm) / (whole or 1.0)
         run.step += 1
-
-        problem = run.spikes.problem(sums.mean_loss, grad_norm)
+        whole = window.sums.count * run.scaler.scale  # what gradients are the sum over, instead of the mean
+        grad_norm = math.sqrt(window.sums.squared_norm) / (whole or 1.0)
+        problem = run.spikes.problem(window.sums.mean_loss, grad_norm)
         if problem is not None:
             _discard(run, window, problem)
-        elif sums.count == 0:
-            _LOG.warning("step %d: nothing was counted on any rank, so no step is taken", run.step)
-            run.optimizer.zero_grad(set_to_none=True)
         else:
-            take_step(run.optimizer, clip_factor(grad_norm, config.clip_grad_norm) / whole)
-            run.spikes.remember(sums.mean_loss, grad_norm)
-            run.skipped_in_a_row = 0
-            if run.ema is not None:
-                run.ema.update()
-        overflowed = not math.isfinite(grad_norm)
-        if overflowed and math.isfinite(sums.mean_loss) and run.scaler.is_searching:
-            run.skipped_in_a_row = 0  # it is the loss scale that is too large
-        run.scaler.update(overflowed=overflowed)
-
-        run.last = StepReport(
-            step=run.step,
-            loss=sums.mean_loss,
-            count=sums.count,
-            metrics=sums.mean_metrics,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens=sums.tokens,
-            samples=sums.samples,
-            seconds=time.perf_counter() - began,
-            waited=window.waited,
-            skipped=problem,
-        )
+            _take(run, window, grad_norm, whole)
+        _adapt_scale(run, window, grad_norm)
+        run.last = _report(window, step=run.step, lr=lr, grad_norm=grad_norm, began=began, skipped=problem)
         _heed_flags(run, window, checkpoints)
         for callback in run.callbacks:
             callback.on_step(run, run.last)
-        if run.skipped_in_a_row >= config.max_skipped:
+        if run.skipped_in_a_row >= run.config.max_skipped:
             raise _too_many_skipped(run, problem)
+
+
+def _take(run: Run, window: Window, grad_norm: float, whole: float) -> None:
+    """Take the step of a window; none where nothing was counted."""
+    if window.sums.count == 0:
+        _LOG.warning("step %d: nothing was counted on any rank, so no step is taken", run.step)
+        run.optimizer.zero_grad(set_to_none=True)
+        return
+    take_step(run.optimizer, clip_factor(grad_norm, run.config.clip_grad_norm) / whole)
+    run.spikes.remember(window.sums.mean_loss, grad_norm)
+    run.skipped_in_a_row = 0
+    if run.ema is not None:
+        run.ema.update()
 
 
 def _discard(run: Run, window: Window, problem: str) -> None:
@@ -114,6 +101,31 @@ def _discard(run: Run, window: Window, problem: str) -> None:
     for callback in run.callbacks:
         callback.on_skip(run, skip)
     run.optimizer.zero_grad(set_to_none=True)
+
+
+def _adapt_scale(run: Run, window: Window, grad_norm: float) -> None:
+    """Tell the loss scale what became of the gradients; while it looks for its size, what is skipped is its doing."""
+    overflowed = not math.isfinite(grad_norm)
+    if overflowed and math.isfinite(window.sums.mean_loss) and run.scaler.is_searching:
+        run.skipped_in_a_row = 0
+    run.scaler.update(overflowed=overflowed)
+
+
+def _report(window: Window, *, step: int, lr: float, grad_norm: float, began: float, skipped: str | None) -> StepReport:
+    sums = window.sums
+    return StepReport(
+        step=step,
+        loss=sums.mean_loss,
+        count=sums.count,
+        metrics=sums.mean_metrics,
+        lr=lr,
+        grad_norm=grad_norm,
+        tokens=sums.tokens,
+        samples=sums.samples,
+        seconds=time.perf_counter() - began,
+        waited=window.waited,
+        skipped=skipped,
+    )
 
 
 def _bad_gradients(model: nn.Module, limit: int = 8) -> Iterator[str]:

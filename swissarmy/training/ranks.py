@@ -1,7 +1,6 @@
 """The processes of a run: who they are, what they add up, and what they must agree on."""
 
 import os
-import pickle
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from swissarmy.core.config import report
-from swissarmy.core.errors import ConfigError, SwissArmyError
+from swissarmy.core.errors import ConfigError, sendable
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
 
 T = TypeVar("T")
@@ -121,15 +120,6 @@ class Ranks:
             if first.get(name) != other.get(name)
         }
         report(f"the ranks do not agree on {what}:", sorted(differing))
-
-
-def sendable(error: Exception) -> Exception:
-    """The error, or one of a plain type with the same words where it cannot travel."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - an exception's own way to be copied may fail in any way
-        return SwissArmyError(f"{type(error).__name__}: {error}")
-    return error
 
 
 @contextmanager

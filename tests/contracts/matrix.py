@@ -5,8 +5,9 @@ from typing import Final, NamedTuple
 
 import torch
 
-from swissarmy.testing import CHECKS, SHARDED_CHECKS, Addition, check_sharded
+from swissarmy.testing import CHECKS, Addition
 from swissarmy.testing.contract import applies
+from swissarmy.testing.sharding import SHARDED_CHECKS, check_sharded
 from tests.contracts.rows import EXCLUDED, FAMILIES, NOT_CHECKED, ROWS, pairs, singles
 
 ALL_CHECKS: Final = (*CHECKS, *SHARDED_CHECKS)

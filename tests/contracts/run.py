@@ -15,7 +15,7 @@ from multiprocessing import get_context
 
 from rich.progress import Progress
 
-from swissarmy.testing import SHARDED_CHECKS
+from swissarmy.testing.sharding import SHARDED_CHECKS
 from tests.contracts.matrix import Case, Result, all_cases, run_here, run_sharded
 from tests.contracts.page import PAGE, as_json, write
 

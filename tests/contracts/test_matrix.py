@@ -12,8 +12,9 @@ from torch import Tensor
 import swissarmy as sat
 from swissarmy.core.hooks import Hook
 from swissarmy.core.mixin import BaseMixin
-from swissarmy.testing import CHECKS, SHARDED_CHECKS, Addition, check_mixin
+from swissarmy.testing import CHECKS, Addition, check_mixin
 from swissarmy.testing.contract import CAUSAL, cached_logits, inputs_of, logits_of, mixed
+from swissarmy.testing.sharding import SHARDED_CHECKS
 from tests.contracts.matrix import Case, all_cases, all_rows, run_here, run_sharded
 from tests.contracts.page import MEANING, PAGE, RESULTS, page
 from tests.contracts.rows import FAMILIES, NOT_ON_TOP, ROWS, singles

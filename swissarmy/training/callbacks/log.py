@@ -21,7 +21,7 @@ from swissarmy.data.order.weights import parse_stages, parse_weights
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, Skip, StepReport
 from swissarmy.training.callbacks.display import display
 from swissarmy.training.callbacks.lines import Lines, duration
-from swissarmy.training.callbacks.metrics_file import NAME, MetricsFile
+from swissarmy.training.callbacks.metrics_file import METRICS, MetricsFile
 from swissarmy.training.callbacks.profile import ProfileCallback
 from swissarmy.training.callbacks.report import ReportCallback, report_path
 from swissarmy.training.callbacks.sinks import Record, Sink
@@ -102,7 +102,7 @@ class LogCallback(Callback):
         self._meter, self._sources = _meter(self.options.log_interval, run), _drawn(run.config)
         made = trackers(run, self.options)
         self._sinks = [
-            MetricsFile(run.folder / NAME, step=run.step),
+            MetricsFile(run.folder / METRICS, step=run.step),
             Lines.into(run.folder / "log.txt", run.train_iters),
             display(run, live=self.options.live),
             *made,

@@ -10,13 +10,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from swissarmy.core.errors import SwissArmyError
 from swissarmy.core.files import replace_file
 from swissarmy.training.callbacks.sinks import Record
 
-NAME = "metrics.jsonl"
+METRICS: Final = "metrics.jsonl"
 """What the file is called in the folder of a run."""
 
 

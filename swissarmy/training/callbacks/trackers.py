@@ -1,6 +1,7 @@
 """TensorBoard, Weights & Biases and trackio as takers of records. Each is imported only when it is asked for."""
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -43,7 +44,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
         yield from ((f"{record['name']}/{name}", value) for name, value in record["metrics"].items())
 
 
-class _Tracker:
+class _Tracker(ABC):
     """What all have in common: they take the numbers of the records that are due, and no text."""
 
     every_step = False
@@ -53,11 +54,11 @@ class _Tracker:
         if values := dict(scalars(record)):
             self.log(values, record["step"])
 
+    @abstractmethod
     def log(self, values: dict[str, float], step: int) -> None:
         """Hand numbers to the tracker."""
-        raise NotImplementedError
 
-    def note(self, text: str) -> None:
+    def note(self, text: str) -> None:  # noqa: B027 - none of them takes text
         """Let it pass."""
 
 
