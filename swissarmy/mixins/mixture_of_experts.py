@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
+from swissarmy.backbone.model import Model
+from swissarmy.backbone.projections import plain_models, projections_of
+from swissarmy.backbone.targets import TargetedMixin
+from swissarmy.core.errors import HookConflictError
 from swissarmy.core.hooks import replaceable
-from swissarmy.core.mixin import BaseMixin, SharedDim
+from swissarmy.core.mixin import BaseMixin, MixinHost, SharedDim
 from swissarmy.nn.mlp import MLP
 
 
@@ -65,6 +69,24 @@ class MixtureOfExpertsMixin(BaseMixin):
         super().__init__()
         self.top_k = top_k
         self.layers = nn.ModuleList(Experts(num_experts, config) for _ in range(config.num_layers))
+
+    @classmethod
+    def for_model(cls, model: MixinHost, **options: Any) -> Any:
+        """Experts of the size of the model's MLP; for a model of parts, for each.
+
+        Raises:
+            HookConflictError: A mixin changes the projections of the MLP already, which would have no part in anything.
+        """
+        assert isinstance(model, Model)
+        for part in plain_models(model).values():
+            inside = [each for each in projections_of(part) if each.name.startswith("mlp.")]
+            for name, mixin in part.mixins.items():
+                if isinstance(mixin, TargetedMixin) and any(mixin.change_at(each) is not None for each in inside):
+                    raise HookConflictError(
+                        f"experts take the place of the MLP, whose projections '{name}' changes: add the experts "
+                        f"first, and then '{name}', which finds their projections as 'experts.*'."
+                    )
+        return super().for_model(model, **options)
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:

@@ -12,6 +12,7 @@ TWO_ADAPTERS = {
 }
 
 ROWS: Mapping[str, Addition] = {
+    "mixture of experts": Addition(sat.MixtureOfExpertsMixin, {"num_experts": 3}),
     "adapters": Addition(sat.AdapterMixin, same_at_start=True),
     "AdapterFusion": Addition(sat.AdapterFusionMixin, {"adapters": TWO_ADAPTERS}, same_at_start=True),
     "ALiBi": Addition(sat.ALiBiMixin),
@@ -28,7 +29,6 @@ ROWS: Mapping[str, Addition] = {
     "logit soft-cap": Addition(sat.LogitSoftcapMixin, {"cap": 3.0}),
     "LoRA": Addition(sat.LoRAMixin, {"r": 2, "targets": "*"}, same_at_start=True),
     "LoReFT": Addition(sat.LoReFTMixin, {"rank": 2, "first": 3}),
-    "mixture of experts": Addition(sat.MixtureOfExpertsMixin, {"num_experts": 3}),
     "P-tuning": Addition(sat.PTuningMixin, {"prompt_len": 2}),
     "prefix-tuning": Addition(sat.PrefixTuningMixin, {"prefix_len": 3}),
     "prefix-tuning, reparametrised": Addition(
@@ -43,7 +43,7 @@ ROWS: Mapping[str, Addition] = {
     "token types": Addition(sat.TokenTypesMixin),
     "VeRA": Addition(sat.VeRAMixin, {"r": 3}, same_at_start=True),
 }
-"""A mixin by the name of its method, as it is put to the checks."""
+"""A mixin by the name of its method, as it is put to the checks; of two, the upper one is added first."""
 
 NOT_ON_TOP: Mapping[str, str] = {
     "ClassificationHeadMixin": "replaces the head; tested with the families that have it",
@@ -65,7 +65,6 @@ FAMILIES = tuple(sorted(TINY_CONFIGS))
 EXCLUDED: Mapping[tuple[str, str], str] = {
     ("rotary", "llama"): "it has rotary positions already, and a key is rotated once",
     ("rotary", "gemma3_text"): "it has rotary positions already, and a key is rotated once",
-    ("LoRA", "mixture of experts"): "experts take the place of the MLP, whose LoRA then has no part in anything",
     ("token types", "vit"): "a picture has no first and second text to tell apart",
     ("token types", "deit"): "a picture has no first and second text to tell apart",
     ("P-tuning", "prompt tuning"): "a model takes one prompt; two are refused",
