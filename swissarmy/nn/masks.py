@@ -72,13 +72,17 @@ class Mask(ABC):
 
         `device` defaults to the device of the mask's own tensors, or the default device.
         """
+        return self.rows(range(q_len), q_len, k_len, device)
+
+    def rows(self, queries: range, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
+        """The rows of `dense` for some of its queries, without the others: `[b or 1, h or 1, len(queries), k_len]`."""
         self.check(q_len, k_len)
-        device = device or self.device
-        q = torch.arange(k_len - q_len, k_len, device=device).view(1, 1, q_len, 1)
+        device, first_query = device or self.device, k_len - q_len
+        q = torch.arange(first_query + queries.start, first_query + queries.stop, device=device).view(1, 1, -1, 1)
         k = torch.arange(k_len, device=device).view(1, 1, 1, k_len)
         b = torch.arange(self.batch_size, device=device).view(-1, 1, 1, 1)
         h = torch.arange(self.num_heads, device=device).view(1, -1, 1, 1)
-        shape = (self.batch_size, self.num_heads, q_len, k_len)
+        shape = (self.batch_size, self.num_heads, len(queries), k_len)
         return self.visible(b, h, q, k).expand(shape)
 
     @property

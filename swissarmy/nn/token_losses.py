@@ -66,11 +66,31 @@ def token_losses(
             f"targets are {list(targets.shape)} and the model's positions {list(hidden_states.shape[:2])}."
         )
     if type(hidden_states) is not Tensor:
-        from swissarmy.nn.shared_vocabulary import whole  # at call time, as below
+        from swissarmy.nn.shared_positions import OwnPositions  # at call time, as below
+        from swissarmy.nn.shared_vocabulary import whole
 
+        own = OwnPositions.of(hidden_states, targets, IGNORED)
+        if own is not None:
+            here = _losses_here(
+                own.states, own.targets, own.head(head), vocabulary, own.weight(weight), select=weight is not None
+            )
+            return TokenLosses(own.total(here.total), own.gathered(here.each), own.gathered(here.correct))
         hidden_states = whole(hidden_states)
+    return _losses_here(hidden_states, targets, head, vocabulary, weight)
+
+
+def _losses_here(
+    hidden_states: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Any],
+    vocabulary: int,
+    weight: Tensor | None,
+    *,
+    select: bool = True,
+) -> TokenLosses:
+    """Of positions that are all here; without `select` all of them go through the head, as other processes count on."""
     states, wanted = hidden_states.flatten(0, 1), targets.flatten()
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if select and targets.device.type == "cpu" and not torch.compiler.is_compiling():
         scored = (wanted != IGNORED).nonzero()[:, 0]
         states, wanted = states[scored], wanted[scored]
     else:

@@ -29,7 +29,7 @@ from swissarmy.nn.token_losses import LOGITS_AT_ONCE
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.flops import TrainingCost
 from swissarmy.training.optimizer import make_optimizer
-from swissarmy.training.parallel.mesh import TENSOR, make_mesh, plan_problems
+from swissarmy.training.parallel.mesh import make_mesh, plan_problems, shared_mesh
 from swissarmy.training.parallel.parallelize import parallelize
 from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole, share_products
 from swissarmy.training.precision import autocast, prepare_weights
@@ -209,7 +209,7 @@ def _activations(
 def _logits_bytes(config: TrainConfig, vocabulary: int, positions: int) -> int:
     """Of the piece of a micro-batch whose loss is computed at a time."""
     sharing = config.tensor_parallel if config.shard_vocabulary else 1
-    return 4 * min(positions * vocabulary, LOGITS_AT_ONCE) // sharing
+    return 4 * min(positions // config.context_parallel * vocabulary, LOGITS_AT_ONCE) // sharing
 
 
 @final
@@ -233,13 +233,13 @@ def _run_layers(config: TrainConfig, build: Callable[[], Model], samples: int, l
     if config.activation_checkpointing != "none":
         selective = config.activation_checkpointing == "selective"
         model.enable_activation_checkpointing(config.checkpoint_every_layers, selective=selective)
-    mesh = make_mesh(config, "cpu") if config.tensor_parallel > 1 else None
+    mesh = shared_mesh(make_mesh(config, "cpu"), config) if config.sharing_size > 1 else None
     with FakeTensorMode(allow_non_fake_inputs=True), plain_tensors_are_whole(), _Watch() as watch:
         model.to_empty(device="cpu").train()
         if mesh is not None:
             share_products(
                 model,
-                mesh[TENSOR],
+                mesh,
                 sequence_parallel=config.sequence_parallel,
                 shard_vocabulary=config.shard_vocabulary,
             )

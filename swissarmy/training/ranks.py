@@ -188,7 +188,7 @@ def _ranks(options: ParallelOptions, device: torch.device) -> Ranks:
         data_rank=rank // options.sharing_size,
         data_size=world_size // options.sharing_size,
         mesh=mesh,
-        counts=rank % options.tensor_parallel == 0,
+        counts=rank % options.sharing_size == 0,
     )
 
 

@@ -2,7 +2,7 @@
 
 Axes, from the outside in, each of any size: `data` holds copies of the model, which see different samples; `shard` too
 sees different samples, and shares one copy's parameters, gradients and optimizer state (FSDP, and with `data` HSDP);
-`tensor` shares each matrix product, and sees the same samples.
+`context` shares the positions of each sample, and `tensor` each matrix product: both see the same samples.
 """
 
 import math
@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.plan import divisibility_problems, divisors
 from swissarmy.core.config import Config, report
+from swissarmy.nn.shared_axes import CONTEXT, TENSOR
 
 DATA: Final = "data"
 SHARD: Final = "shard"
-TENSOR: Final = "tensor"
 AXES: Final = ("data", "shard", "context_parallel", "tensor_parallel")
 """The options that give their sizes."""
 
@@ -35,7 +35,8 @@ class ParallelOptions(Config):
     tensor_parallel: int = 1
     """Processes that share each matrix product, on the same samples."""
     context_parallel: int = 1
-    """Processes that share the positions of each sample; 1, as this version cannot do more."""
+    """Processes that share the positions of each sample: each keeps its own, and gathers the others' keys and values
+    (Dubey et al. 2024, section 3.3.2)."""
     sequence_parallel: bool = False
     """Whether norms and the residual stream are shared along positions by the tensor-parallel processes."""
     shard_vocabulary: bool = True
@@ -77,11 +78,6 @@ def plan_problems(
     """
     yield from _size_problems(options, world_size)
     yield from divisibility_problems(configs, options.tensor_parallel, shard_vocabulary=options.shard_vocabulary)
-    if options.context_parallel > 1:
-        yield (
-            f"context_parallel={options.context_parallel} is more than this version can do on {device_type}: use 1; "
-            "sequence_parallel and activation_checkpointing make room for long samples"
-        )
 
 
 def check_plan(
@@ -103,8 +99,15 @@ def make_mesh(options: ParallelOptions, device_type: str) -> DeviceMesh:
     """
     world_size = dist.get_world_size()
     report("the parallel plan:", _size_problems(options, world_size))
-    sizes = (options.data_size(world_size), options.shard, options.tensor_parallel)
-    return init_device_mesh(device_type, sizes, mesh_dim_names=(DATA, SHARD, TENSOR))
+    sizes = (options.data_size(world_size), options.shard, options.context_parallel, options.tensor_parallel)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=(DATA, SHARD, CONTEXT, TENSOR))
+
+
+def shared_mesh(mesh: DeviceMesh, options: ParallelOptions) -> DeviceMesh | None:
+    """The processes that see the same samples, by the axes of more than one of them; `None` where there are none."""
+    sizes = {CONTEXT: options.context_parallel, TENSOR: options.tensor_parallel}
+    axes = tuple(axis for axis, size in sizes.items() if size > 1)
+    return mesh[axes] if axes else None
 
 
 def _size_problems(options: ParallelOptions, world_size: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A model over many processes, one place for every family: tensor parallelism, checkpointing, compiling, sharding."""
+"""A model over many processes, one place for every family: shared samples, checkpointing, compiling, sharding."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from swissarmy.backbone.model import Model, every_mixin
 from swissarmy.backbone.plan import layer_units
 from swissarmy.core.config import report
 from swissarmy.mixins.reduced_weights import ReducedWeightsMixin
-from swissarmy.training.parallel.mesh import DATA, SHARD, TENSOR, ParallelOptions
+from swissarmy.training.parallel.mesh import DATA, SHARD, ParallelOptions, shared_mesh
 from swissarmy.training.parallel.tensor_parallel import give_plain_tensors, share_products
 
 Checkpointing = Literal["none", "full", "selective"]
@@ -33,7 +33,7 @@ def parallelize(
     """Make a model train on the processes of a mesh, in place; it is called, and its parameters are named, as before.
 
     Gradients are sums over all samples of all processes. Mixins are added before; marks on parameters (`lr_scale`)
-    stay. A model with tensor parallelism runs inside `plain_tensors_are_whole()`.
+    stay. A model whose processes share samples runs inside `plain_tensors_are_whole()`.
 
     Args:
         model: Alike on each process, or on the meta device.
@@ -49,10 +49,11 @@ def parallelize(
     """
     if mesh is not None:
         report("this model cannot be spread over processes:", _problems(model))
-    if mesh is not None and options.tensor_parallel > 1:
+    shared = None if mesh is None else shared_mesh(mesh, options)
+    if shared is not None:
         share_products(
             model,
-            mesh[TENSOR],
+            shared,
             sequence_parallel=options.sequence_parallel,
             shard_vocabulary=options.shard_vocabulary,
         )
@@ -63,7 +64,7 @@ def parallelize(
         model.compile(dynamic=None)
     if mesh is not None:
         shard_parameters(model, mesh, mixed_precision or MixedPrecisionPolicy())
-    if mesh is not None and options.tensor_parallel > 1:
+    if shared is not None:
         give_plain_tensors(model)
 
 

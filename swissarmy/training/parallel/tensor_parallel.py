@@ -1,12 +1,14 @@
-"""Tensor parallelism: parameters become `DTensor`s, and with them all that is computed from them.
+"""Tensor and context parallelism: parameters become `DTensor`s, and with them all that is computed from them.
 
 A `DTensor` stands for the whole tensor, and each process holds a piece of it. So every family, every mixin and every
-hook computes what it would alone; this file says only where results are put together. Callers give plain tensors, the
-same on each process of the axis, and get plain tensors back.
+hook computes what it would alone; this file says only where results are put together. With context parallelism each
+process has some positions of the residual stream and of all that is made of it, but for the keys and values that
+`nn/shared_heads.py` gathers. Callers give plain tensors, the same on each process, and get plain tensors back.
 
 Shapes: b batch, s positions, h hidden size.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +26,14 @@ from swissarmy.backbone.plan import shared_dims
 from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin
+from swissarmy.nn.shared_axes import CONTEXT, TENSOR, placements, spread
 
-NAME = "tensor-parallel"
-"""What the mixin is called in each part of a model."""
+Placements = tuple[Placement, ...]
 _INSIDE: ContextVar[bool] = ContextVar("plain_tensors_are_whole", default=False)
 
 
 @final
-class TensorParallelMixin(BaseMixin):
+class SharedSamplesMixin(BaseMixin):
     """Puts together what a sublayer's processes computed, once for each sublayer.
 
     Hooks: `word_embedding_forward`, `attention_forward`, `cross_attention_forward`, `mlp_forward`, `final_forward`
@@ -41,21 +43,26 @@ class TensorParallelMixin(BaseMixin):
     keeps_outputs = True
 
     def __init__(self, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
-        """Keep the residual stream whole on each process, or with `sequence_parallel` each its positions."""
+        """Share positions along the context axis; with `sequence_parallel`, of the residual stream on both axes."""
         super().__init__()
         self.mesh = mesh
-        self.stream: Placement = Shard(1) if sequence_parallel else Replicate()
+        self.inside = placements(mesh, context=Shard(1))
+        """How sublayers and the head are given hidden states."""
+        self.stream = placements(mesh, context=Shard(1), tensor=Shard(1) if sequence_parallel else Replicate())
+        """How hidden states are between them."""
 
     def extra_repr(self) -> str:
         """The settings, for printing."""
-        return f"{self.mesh.size()} processes, residual stream {self.stream}"
+        return f"{self.mesh.size()} processes, residual stream {', '.join(map(str, self.stream))}"
 
     @non_conflict
     def word_embedding_forward(self, input_ids: Tensor | None, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Start the residual stream, `[b, s, h]`; pixels and the like come in as the caller gave them."""
         if not _INSIDE.get():
             raise HookCallError("this model is spread over processes: call it inside plain_tensors_are_whole().")
-        kw_args = {key: self._whole(value) if _is_real(value) else value for key, value in kw_args.items()}
+        if kw_args.get("mems") is not None and CONTEXT in (self.mesh.mesh_dim_names or ()):
+            raise HookCallError("context_parallel shares positions, and a cache wants all of them: leave `mems` out.")
+        kw_args = {key: spread(value, self.mesh) if _is_real(value) else value for key, value in kw_args.items()}
         embedded = old_impl(input_ids, **kw_args)
         self._check_length(embedded.shape[1], kw_args["transformer"])
         return self._put(embedded, self.stream)
@@ -63,41 +70,38 @@ class TensorParallelMixin(BaseMixin):
     @non_conflict
     def attention_forward(self, hidden_states: Tensor, mask: Any, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Sum what the processes' heads give."""
-        return self._put(old_impl(self._whole(hidden_states), mask, **kw_args), self.stream)
+        return self._put(old_impl(self._put(hidden_states, self.inside), mask, **kw_args), self.stream)
 
     @non_conflict
     def cross_attention_forward(
         self, hidden_states: Tensor, cross_attention_mask: Any, encoder_outputs: Any, *, old_impl: Hook, **kw_args: Any
     ) -> Tensor:
         """Sum what the processes' heads give."""
-        attended = old_impl(self._whole(hidden_states), cross_attention_mask, encoder_outputs, **kw_args)
+        attended = old_impl(self._put(hidden_states, self.inside), cross_attention_mask, encoder_outputs, **kw_args)
         return self._put(attended, self.stream)
 
     @non_conflict
     def mlp_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Sum what the processes' parts of the MLP give."""
-        return self._put(old_impl(self._whole(hidden_states), **kw_args), self.stream)
+        return self._put(old_impl(self._put(hidden_states, self.inside), **kw_args), self.stream)
 
     @non_conflict
     def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Any:
-        """Give the head all positions."""
-        return old_impl(self._whole(hidden_states), **kw_args)
+        """Give the head what sublayers are given."""
+        return old_impl(self._put(hidden_states, self.inside), **kw_args)
 
     def _check_length(self, length: int, transformer: nn.Module) -> None:
         """On the CPU, processes draw dropout side by side, and stay together only while each draws as much."""
-        uneven = self.stream.is_shard() and length % self.mesh.size() and self.mesh.device_type == "cpu"
+        sharing = math.prod(self.mesh.size(axis) for axis, each in enumerate(self.stream) if each.is_shard())
+        uneven = length % sharing and self.mesh.device_type == "cpu"
         if uneven and self.training and any(isinstance(each, nn.Dropout) and each.p for each in transformer.modules()):
             raise HookCallError(
-                f"{length} positions, and {self.mesh.size()} processes share them: with dropout on the CPU, "
-                "sequence_parallel needs a length that they divide; pad, or turn one of them off."
+                f"{length} positions, and {sharing} processes share them: with dropout on the CPU, sequence_parallel "
+                "and context_parallel need a length that they divide; pad, or turn one of them off."
             )
 
-    def _whole(self, x: Tensor) -> Tensor:
-        return self._put(x, Replicate())
-
-    def _put(self, x: Tensor, placement: Placement) -> Tensor:
-        spread = x if isinstance(x, DTensor) else DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
-        return spread.redistribute(self.mesh, (placement,))
+    def _put(self, x: Tensor, where: Placements) -> Tensor:
+        return spread(x, self.mesh).redistribute(self.mesh, where)
 
 
 def share_products(model: Model, mesh: DeviceMesh, *, sequence_parallel: bool, shard_vocabulary: bool) -> None:
@@ -105,13 +109,14 @@ def share_products(model: Model, mesh: DeviceMesh, *, sequence_parallel: bool, s
 
     Args:
         model: With its mixins; alike on each process, or on the meta device.
-        mesh: One axis.
+        mesh: From `mesh.shared_mesh`.
         sequence_parallel: Whether each process keeps and normalises only its positions of the residual stream.
         shard_vocabulary: Whether parameters with a row for each token are shared too.
     """
     _distribute(model, mesh, shared_dims(model, shard_vocabulary=shard_vocabulary))
+    name = f"{'-and-'.join(mesh.mesh_dim_names or (TENSOR,))}-parallel"
     for _, part in iterate_models(model):
-        part.add_mixin(NAME, TensorParallelMixin(mesh, sequence_parallel=sequence_parallel))
+        part.add_mixin(name, SharedSamplesMixin(mesh, sequence_parallel=sequence_parallel))
 
 
 def give_plain_tensors(model: Model) -> None:
@@ -158,8 +163,8 @@ def _parameter(parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None) -> nn
 
 
 def _piece(whole: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
-    placement = Replicate() if dim is None else Shard(dim)
-    piece = distribute_tensor(whole, mesh, (placement,), src_data_rank=None)
+    where = placements(mesh) if dim is None else placements(mesh, tensor=Shard(dim))
+    piece = distribute_tensor(whole, mesh, where, src_data_rank=None)
     return piece if dim is None else piece.clone()  # a view would keep the whole in memory
 
 
