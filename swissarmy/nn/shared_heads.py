@@ -80,7 +80,13 @@ def _own(x: Tensor, mesh: DeviceMesh, *, context: Placement, tensor: Placement) 
     """This process's piece; to the gradient of what processes have in common, each adds a part."""
     where = placements(mesh, context=context, tensor=tensor)
     parts = tuple(Partial() if each == WHOLE else each for each in where)
-    own: Tensor = spread(x, mesh).redistribute(mesh, where).to_local(grad_placements=parts)
+    whole = spread(x, mesh)
+    if context_size(mesh) == 1:
+        alone: Tensor = whole.redistribute(mesh, where).to_local(grad_placements=parts)
+        return alone
+    own: Tensor = whole.contiguous().redistribute(mesh, where).to_local(grad_placements=parts)
+    if own.requires_grad:  # processes have keys in other numbers, and a kernel's gradients then lie otherwise in memory
+        own.register_hook(torch.Tensor.contiguous)
     return own
 
 
