@@ -40,7 +40,7 @@ def find_model(options: TrainOptions) -> FoundModel:
     if options.model is None:
         return FoundModel(*outline(builder(options), options.seed))
     changes: dict[str, Any] = {"allow_missing": options.allow_missing, "overrides": options.overrides}
-    if options.shard * options.tensor_parallel > 1:
+    if options.shard * options.sharing_size > 1:
         return FoundModel(*outline_checkpoint(options.model, seed=options.seed, extend=extend, **changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)

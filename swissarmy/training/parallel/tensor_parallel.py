@@ -65,6 +65,8 @@ class SharedSamplesMixin(BaseMixin):
         kw_args = {key: spread(value, self.mesh) if _is_real(value) else value for key, value in kw_args.items()}
         embedded = old_impl(input_ids, **kw_args)
         self._check_length(embedded.shape[1], kw_args["transformer"])
+        if self.mesh.ndim > 1:  # a sum over the vocabulary's pieces knows its positions by their number
+            embedded = self._put(embedded, placements(self.mesh))
         return self._put(embedded, self.stream)
 
     @non_conflict
@@ -91,7 +93,18 @@ class SharedSamplesMixin(BaseMixin):
         return old_impl(self._put(hidden_states, self.inside), **kw_args)
 
     def _check_length(self, length: int, transformer: nn.Module) -> None:
-        """On the CPU, processes draw dropout side by side, and stay together only while each draws as much."""
+        """Each process needs positions, and on the CPU, where processes draw dropout side by side, as many.
+
+        Raises:
+            HookCallError: It would have others.
+        """
+        for axis, each in zip(self.mesh.mesh_dim_names or (), self.stream, strict=False):
+            size = self.mesh[axis].size() if axis == CONTEXT and each.is_shard() else 1
+            if -(-length // size) * (size - 1) >= length and size > 1:
+                raise HookCallError(
+                    f"{length} positions, shared by context_parallel={size} processes in pieces of "
+                    f"{-(-length // size)}, leave some without any: pad, or use fewer processes."
+                )
         sharing = math.prod(self.mesh.size(axis) for axis, each in enumerate(self.stream) if each.is_shard())
         uneven = length % sharing and self.mesh.device_type == "cpu"
         if uneven and self.training and any(isinstance(each, nn.Dropout) and each.p for each in transformer.modules()):
