@@ -19,6 +19,7 @@ from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
 SHARDED_CHECKS: Final[Mapping[str, ParallelOptions]] = {
     "FSDP2 x 2": ParallelOptions(shard=2),
     "TP x 2": ParallelOptions(tensor_parallel=2, shard_vocabulary=False),
+    "CP x 2": ParallelOptions(context_parallel=2),
 }
 """Plans for two processes; the vocabulary of the tiny models is odd."""
 

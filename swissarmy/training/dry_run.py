@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,6 +26,7 @@ from swissarmy.backbone.parameters import freeze_except
 from swissarmy.backbone.plan import layer_units
 from swissarmy.core.config import report
 from swissarmy.core.errors import SwissArmyError
+from swissarmy.nn.shared_axes import CONTEXT, TENSOR
 from swissarmy.nn.token_losses import LOGITS_AT_ONCE
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.flops import TrainingCost
@@ -234,7 +236,7 @@ def _run_layers(config: TrainConfig, build: Callable[[], Model], samples: int, l
         selective = config.activation_checkpointing == "selective"
         model.enable_activation_checkpointing(config.checkpoint_every_layers, selective=selective)
     mesh = shared_mesh(make_mesh(config, "cpu"), config) if config.sharing_size > 1 else None
-    with FakeTensorMode(allow_non_fake_inputs=True), plain_tensors_are_whole(), _Watch() as watch:
+    with FakeTensorMode(allow_non_fake_inputs=True), plain_tensors_are_whole(), _Watch(mesh) as watch:
         model.to_empty(device="cpu").train()
         if mesh is not None:
             share_products(
@@ -263,6 +265,8 @@ def _inputs(model: Model, samples: int, length: int) -> dict[str, Any]:
     return {"pixel_values": torch.zeros(samples, getattr(model.source.config, "num_channels", 3), size, size)}
 
 
+EXCHANGED: Final = {TENSOR: "products", CONTEXT: "keys and values"}
+"""What processes of an axis send each other."""
 COLLECTIVES: Final = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 
 
@@ -270,9 +274,12 @@ COLLECTIVES: Final = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_te
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class has no types here
     """Knows which of the tensors made while it is entered are alive, and what was given to collective operations."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        groups = {} if mesh is None else {axis: mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()}
+        self._axes = {group.group_name: (axis, group.size()) for axis, group in groups.items()}
         self.exchanged: dict[str, int] = {}
+        """Bytes that a rank sends, by kind."""
         self.cast = 0
         """Bytes of copies of parameters in another precision; sharded ones are gathered in it instead."""
         self._made: dict[StorageWeakRef, int] = {}
@@ -287,7 +294,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         result = func(*args, **(kwargs or {}))
         kind = func.__name__.partition(".")[0]
         if func.namespace == "_c10d_functional" and kind in COLLECTIVES:
-            self.exchanged[kind] = self.exchanged.get(kind, 0) + _own_bytes(args[0])
+            axis, size = self._axes[args[-1]]
+            name, sent = f"{EXCHANGED[axis]}, {kind}", _own_bytes(args[0]) * _in_a_ring(kind, size)
+            self.exchanged[name] = self.exchanged.get(name, 0) + int(sent)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = _local(tensor).untyped_storage()
@@ -304,8 +313,11 @@ def _communication(
 
     Layers are gathered twice a micro-batch, gradients are added up once a step, and products as they come.
     """
-    copies, shared = config.data_size(world_size), config.tensor_parallel
-    found = {f"products, {kind}": int(count * micro * _in_a_ring(kind, shared)) for kind, count in exchanged.items()}
+    copies, shared = config.data_size(world_size), config.context_parallel
+    found = {kind: sent * micro for kind, sent in exchanged.items()}
+    if shared > 1:
+        whole = memory["gradients"] * config.shard
+        found["gradients of own positions, all_reduce"] = int(whole * _in_a_ring("all_reduce", shared))
     if config.shard > 1:
         found["parameters, all_gather"] = 2 * micro * (gathered - memory["parameters"])
         found["gradients, reduce_scatter"] = memory["gradients"] * (config.shard - 1)

@@ -37,6 +37,7 @@ MEANING: Final = {
     "compiles whole": "`torch.compile(fullgraph=True)`, forward and backward",
     "FSDP2 x 2": "loss and gradients of two processes and of one, in float64",
     "TP x 2": "the same with shared products",
+    "CP x 2": "the same with shared positions",
 }
 
 

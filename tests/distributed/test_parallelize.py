@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -14,12 +15,13 @@ import swissarmy as sat
 from swissarmy.backbone.model import Model
 from swissarmy.core.hooks import Hook
 from swissarmy.testing import run_distributed, tiny_model
-from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
+from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh, shared_mesh
 from swissarmy.training.parallel.parallelize import parallelize
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
+from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole, share_products
 from tests.distributed.cases import Case, batch_of, make
 
 TENSOR = ParallelOptions(tensor_parallel=2)
+CONTEXT = ParallelOptions(context_parallel=2)
 
 
 def spread(case: Case, options: ParallelOptions, **more: Any) -> Model:
@@ -112,6 +114,71 @@ def the_stream_is_shared_by_positions(rank: int) -> None:
         assert [each.to_local().shape[1] for each in seen] == [(6 - rank if sequence_parallel else 11)] * 2
 
 
+def kept_for_the_backward_pass(model: Model, length: int) -> int:
+    """Bytes of what the backward pass needs, parameters left out."""
+    own = {each.to_local().untyped_storage()._cdata for each in model.parameters() if isinstance(each, DTensor)}
+    own |= {each.untyped_storage()._cdata for each in model.parameters() if not isinstance(each, DTensor)}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        found[local.untyped_storage()._cdata] = local
+        return tensor
+
+    ids = torch.arange(2 * length).view(2, length) % 40
+    with plain_tensors_are_whole(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, targets=ids)[0].total.backward()
+    return sum(each.untyped_storage().nbytes() for storage, each in found.items() if storage not in own)
+
+
+def context_parallelism_keeps_about_half(rank: int) -> None:
+    for family in ("gpt2", "llama"):
+        case = Case(family, changes={"hidden_size": 64} if family == "llama" else {"n_embd": 64})
+        alone, shared = make(case), make(case)
+        share_samples(shared)
+        assert kept_for_the_backward_pass(shared, 32) < 0.65 * kept_for_the_backward_pass(alone, 32)
+
+
+def share_samples(model: Model) -> None:
+    """Context parallelism without FSDP2, whose gathered parameters would be counted as kept."""
+    mesh = shared_mesh(make_mesh(CONTEXT, "cpu"), CONTEXT)
+    assert mesh is not None
+    share_products(model, mesh, sequence_parallel=False, shard_vocabulary=True)
+
+
+def masks_of_positions_are_shared(rank: int) -> None:
+    """Each kind of mask and of head, at lengths that processes share evenly and unevenly, down to two."""
+    documents = sat.Documents(torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(2, 7))
+    padding = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    by_head = torch.rand(1, 4, 7, 7, generator=torch.Generator().manual_seed(0)) < 0.6
+    calls: list[dict[str, Any]] = [
+        {},
+        {"attention_mask": None},
+        {"attention_mask": sat.SlidingWindow(3)},
+        {"attention_mask": sat.PrefixLM(torch.tensor([3, 1]))},
+        {"attention_mask": documents & sat.Causal()},
+        {"attention_mask": by_head | torch.eye(7, dtype=torch.bool)},
+        {"padding_mask": padding},
+        {"logits_to_keep": 2},
+    ]
+    calls = [{"input_ids": torch.arange(14).view(2, 7), **call} for call in calls]
+    calls += [{"input_ids": torch.arange(2 * length).view(2, length)} for length in (2, 3, 8)]
+    for mixins in ((), ("prefix",)):
+        alone, shared = make(Case("gpt2", mixins)), spread(Case("gpt2", mixins), CONTEXT)
+        for call in calls:
+            with plain_tensors_are_whole():
+                torch.testing.assert_close(shared(**call)[0], alone(**call)[0], msg=lambda text, call=call: f"{call} {text}")
+
+
+def what_positions_cannot_do_is_refused(rank: int) -> None:
+    model = make(Case("gpt2")).add_mixin("cache", sat.CachedAutoRegressiveMixin())
+    parallelize(model, CONTEXT, make_mesh(CONTEXT, "cpu"))
+    with plain_tensors_are_whole(), pytest.raises(sat.SwissArmyError, match=r"1 positions.*context_parallel=2.*pad"):
+        model(torch.arange(2).view(2, 1))
+    with plain_tensors_are_whole(), pytest.raises(sat.SwissArmyError, match=r"context_parallel.*leave `mems` out"):
+        model(torch.arange(8).view(2, 4), mems=sat.KVCache())
+
+
 def callers_give_and_get_plain_tensors(rank: int) -> None:
     model = make(Case("gpt2"))
     model.add_mixin("states", sat.HiddenStatesMixin())
@@ -146,7 +213,7 @@ def masks_by_head_are_shared_too(rank: int) -> None:
 def processes_draw_dropout_together(rank: int) -> None:
     """Each process is given the same seed; what is whole on each must be dropped alike."""
     options = ParallelOptions(tensor_parallel=2, sequence_parallel=True)
-    for plan, length in ((TENSOR, 5), (options, 6)):
+    for plan, length in ((TENSOR, 5), (options, 6), (CONTEXT, 6)):
         model = make(Case("gpt2", ("lora",), changes={"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}))
         parallelize(model, plan, make_mesh(plan, "cpu"))
         torch.manual_seed(0)
@@ -181,6 +248,9 @@ CHECKS = (
     names_are_as_before,
     marks_stay,
     the_stream_is_shared_by_positions,
+    context_parallelism_keeps_about_half,
+    masks_of_positions_are_shared,
+    what_positions_cannot_do_is_refused,
     callers_give_and_get_plain_tensors,
     the_mixin_shows_in_explain,
     masks_by_head_are_shared_too,

@@ -67,9 +67,10 @@ def test_the_world_and_the_model_are_checked_together() -> None:
     assert "num_key_value_heads" in message
 
 
-def test_context_parallelism_is_refused_with_what_there_is_instead() -> None:
-    assert "context_parallel=2 is more than this version can do on cpu: use 1; sequence_parallel" in refusal(
-        2, context_parallel=2
+def test_processes_that_share_samples_multiply() -> None:
+    check_plan(ParallelOptions(context_parallel=2, tensor_parallel=2, shard=2), (LLAMA,), 8)
+    assert "context_parallel=2 x tensor_parallel=2 does not divide the number of processes, 6" in refusal(
+        6, context_parallel=2, tensor_parallel=2
     )
 
 

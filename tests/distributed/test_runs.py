@@ -25,11 +25,13 @@ ON_TWO = [
     Setting({"shard": 2}, adapters=True),
     Setting({"tensor_parallel": 2}),
     Setting({"shard": 2}),
+    Setting({"context_parallel": 2}),
 ]
 ON_FOUR = [
     Setting({"shard": 2, "tensor_parallel": 2}),
     Setting({"shard": 2, "tensor_parallel": 2, "sequence_parallel": True}, adapters=True),
     Setting({"data": 2, "shard": 2, "accumulation": 2}),
+    Setting({"context_parallel": 2, "shard": 2}, adapters=True),
 ]
 
 
@@ -54,7 +56,7 @@ def test_a_run_of_two_processes_is_that_of_one(two: list[dict[str, Any]], alone:
         assert run.saved >= {
             name for name in alone[setting.adapters].saved if name.startswith(("model.", "optimizer."))
         }
-    assert [len(run.losses) for run in two[0]["outcomes"]] == [4, 4, 2]
+    assert [len(run.losses) for run in two[0]["outcomes"]] == [4, 4, 2, 4]
 
 
 def test_where_adapters_train_their_shards_alone_are_saved(two: list[dict[str, Any]]) -> None:
@@ -150,6 +152,7 @@ def test_torchrun_trains_as_one_process_does(tmp_path: Path) -> None:
         ("shard", 2, ["--shard", 2], 1e-4),
         ("bf16", 2, ["--shard", 2, "--precision", "bf16"], 5e-2),
         ("tensor", 2, ["--tensor-parallel", 2], 1e-4),
+        ("context", 2, ["--context-parallel", 2], 1e-4),
         ("both", 4, ["--shard", 2, "--tensor-parallel", 2], 1e-4),
     ):
         found = trained(tmp_path / name, processes, *flags, *more)

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_map
 
-from swissarmy.backbone.model import Model, iterate_models
+from swissarmy.backbone.model import BaseModel, Model, iterate_models
 from swissarmy.backbone.plan import shared_dims
 from swissarmy.core.errors import HookCallError
-from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.core.hooks import Hook, answers, mark_of, non_conflict
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.nn.shared_axes import CONTEXT, TENSOR, placements, spread
 
@@ -42,12 +42,17 @@ class SharedSamplesMixin(BaseMixin):
 
     keeps_outputs = True
 
-    def __init__(self, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
-        """Share positions along the context axis; with `sequence_parallel`, of the residual stream on both axes."""
+    def __init__(self, mesh: DeviceMesh, *, sequence_parallel: bool, written_out: bool = False) -> None:
+        """Share positions along the context axis; with `sequence_parallel`, of the residual stream on both axes.
+
+        Attention that a mixin wrote out (`written_out`) is given all positions: it may do with them what it likes.
+        """
         super().__init__()
         self.mesh = mesh
         self.inside = placements(mesh, context=Shard(1))
         """How sublayers and the head are given hidden states."""
+        self.attended = placements(mesh) if written_out else self.inside
+        """How attention is."""
         self.stream = placements(mesh, context=Shard(1), tensor=Shard(1) if sequence_parallel else Replicate())
         """How hidden states are between them."""
 
@@ -72,14 +77,15 @@ class SharedSamplesMixin(BaseMixin):
     @non_conflict
     def attention_forward(self, hidden_states: Tensor, mask: Any, *, old_impl: Hook, **kw_args: Any) -> Tensor:
         """Sum what the processes' heads give."""
-        return self._put(old_impl(self._put(hidden_states, self.inside), mask, **kw_args), self.stream)
+        return self._put(old_impl(self._put(hidden_states, self.attended), mask, **kw_args), self.stream)
 
     @non_conflict
     def cross_attention_forward(
         self, hidden_states: Tensor, cross_attention_mask: Any, encoder_outputs: Any, *, old_impl: Hook, **kw_args: Any
     ) -> Tensor:
         """Sum what the processes' heads give."""
-        attended = old_impl(self._put(hidden_states, self.inside), cross_attention_mask, encoder_outputs, **kw_args)
+        encoded = self._put(encoder_outputs, self.attended) if _is_real(encoder_outputs) else encoder_outputs
+        attended = old_impl(self._put(hidden_states, self.attended), cross_attention_mask, encoded, **kw_args)
         return self._put(attended, self.stream)
 
     @non_conflict
@@ -129,7 +135,17 @@ def share_products(model: Model, mesh: DeviceMesh, *, sequence_parallel: bool, s
     _distribute(model, mesh, shared_dims(model, shard_vocabulary=shard_vocabulary))
     name = f"{'-and-'.join(mesh.mesh_dim_names or (TENSOR,))}-parallel"
     for _, part in iterate_models(model):
-        part.add_mixin(name, SharedSamplesMixin(mesh, sequence_parallel=sequence_parallel))
+        mixin = SharedSamplesMixin(mesh, sequence_parallel=sequence_parallel, written_out=_writes_attention_out(part))
+        part.add_mixin(name, mixin)
+
+
+def _writes_attention_out(part: BaseModel) -> bool:
+    """Whether something stands in for the backbone's attention, and does not only wrap it."""
+    return any(
+        answers(answerer, hook) and mark_of(getattr(answerer, hook)).kind != "non_conflict"
+        for answerer in (part, *part.mixins.values())
+        for hook in ("attention_fn", "attention_forward", "cross_attention_forward")
+    )
 
 
 def give_plain_tensors(model: Model) -> None:
