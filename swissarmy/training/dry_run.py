@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -276,8 +277,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        groups = {} if mesh is None else {axis: mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()}
-        self._axes = {group.group_name: (axis, group.size()) for axis, group in groups.items()}
+        self._axes: dict[tuple[int, ...], str] = {}
+        if mesh is not None:
+            self._axes = {_ranks_of(mesh.get_group(axis)): axis for axis in mesh.mesh_dim_names or ()}
         self.exchanged: dict[str, int] = {}
         """Bytes that a rank sends, by kind."""
         self.cast = 0
@@ -294,8 +296,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         result = func(*args, **(kwargs or {}))
         kind = func.__name__.partition(".")[0]
         if func.namespace == "_c10d_functional" and kind in COLLECTIVES:
-            axis, size = self._axes[args[-1]]
-            name, sent = f"{EXCHANGED[axis]}, {kind}", _own_bytes(args[0]) * _in_a_ring(kind, size)
+            ranks = _ranks_of(_resolve_process_group(args[-1]))  # by name, an equal mesh made before may be meant
+            name = f"{EXCHANGED[self._axes[ranks]]}, {kind}"
+            sent = _own_bytes(args[0]) * _in_a_ring(kind, len(ranks))
             self.exchanged[name] = self.exchanged.get(name, 0) + int(sent)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -304,6 +307,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
             self.cast += _own_bytes(result)
         return result
+
+
+def _ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _communication(

@@ -176,7 +176,7 @@ def what_positions_cannot_do_is_refused(rank: int) -> None:
     with plain_tensors_are_whole(), pytest.raises(sat.SwissArmyError, match=r"1 positions.*context_parallel=2.*pad"):
         model(torch.arange(2).view(2, 1))
     with plain_tensors_are_whole(), pytest.raises(sat.SwissArmyError, match=r"context_parallel.*leave `mems` out"):
-        model(torch.arange(8).view(2, 4), mems=sat.KVCache())
+        model(torch.arange(8).view(2, 4), mems=sat.KVCache(2))
 
 
 def callers_give_and_get_plain_tensors(rank: int) -> None:

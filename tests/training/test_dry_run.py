@@ -111,6 +111,28 @@ def test_shards_divide_what_is_kept_and_products_what_is_computed() -> None:
     assert "products, all_reduce" in shared.communication
 
 
+def test_positions_divide_what_is_kept_and_keys_are_exchanged() -> None:
+    changes: dict[str, Any] = {"batch_size": 4, "sequence_length": 64}
+    alone, spread, both = (
+        dry_run(config(**changes, **sizes), small, world_size)
+        for sizes, world_size in (
+            ({}, 1),
+            ({"context_parallel": 2}, 2),
+            ({"context_parallel": 2, "tensor_parallel": 2, "shard": 2}, 8),
+        )
+    )
+    assert spread.axes == {"context": 2}
+    assert spread.tokens == alone.tokens
+    assert spread.memory.parameters == alone.memory.parameters
+    assert spread.memory.activations < 0.65 * alone.memory.activations
+    assert spread.memory.logits == alone.memory.logits // 2
+    keys = 5 * 2 * 4 * 32 * 4 * 128  # layers, keys and values, samples, positions, bytes, width
+    assert spread.communication["keys and values, all_gather_into_tensor"] >= keys
+    assert spread.communication["gradients of own positions, all_reduce"] == alone.memory.gradients
+    assert both.memory.activations < spread.memory.activations
+    assert {"products, all_reduce", "parameters, all_gather"} < set(both.communication)
+
+
 def test_frozen_weights_have_neither_gradients_nor_state() -> None:
     def with_lora() -> Model:
         model = small()
