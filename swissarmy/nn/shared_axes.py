@@ -25,6 +25,20 @@ def context_size(mesh: DeviceMesh) -> int:
     return mesh.size(_axes(mesh).index(CONTEXT)) if CONTEXT in _axes(mesh) else 1
 
 
+def own_positions(mesh: DeviceMesh, length: int) -> range:
+    """Which of so many positions are here, in pieces as `torch.chunk` makes them: the last may be shorter."""
+    size = context_size(mesh)
+    piece = -(-length // size)
+    number = mesh.get_local_rank(CONTEXT) if size > 1 else 0
+    return range(min(number * piece, length), min((number + 1) * piece, length))
+
+
+def all_have_some(mesh: DeviceMesh, length: int) -> bool:
+    """Whether so many positions leave no process without any."""
+    size = context_size(mesh)
+    return -(-length // size) * (size - 1) < length
+
+
 def tensor_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     """The processes that have the same positions; `None` where each has its own."""
     if CONTEXT not in _axes(mesh):

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from swissarmy.nn.masks import Causal, Dense, Full, Mask, SlidingWindow, WithPrefix
-from swissarmy.nn.shared_axes import WHOLE, context_size, place, placements, spread
+from swissarmy.nn.shared_axes import WHOLE, context_size, own_positions, place, placements, spread
 
 HEADS, QUERIES = Shard(1), Shard(2)
 """The dimensions that are shared."""
@@ -53,8 +52,7 @@ def on_own_heads(
     own_q, own_bias = _own(q, mesh, context=QUERIES, tensor=HEADS), _own_bias(bias, mesh)
     own_mask = _mask_of_own_heads(mask, q, own_k) if mask.num_heads > 1 else mask
     if context_size(mesh) > 1:
-        first = compute_local_shape_and_global_offset(q.shape, mesh, where)[1][2]
-        queries = range(first, first + own_q.shape[2])
+        queries = own_positions(mesh, q.shape[2])
         own_mask, last = _mask_of_own_queries(own_mask, queries, q.shape[2], own_k)
         own_k, own_v = own_k[:, :, :last], own_v[:, :, :last]
         own_bias = None if own_bias is None else own_bias[..., :last]

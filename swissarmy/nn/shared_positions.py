@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from swissarmy.nn.shared_axes import WHOLE, context_size, placements, spread, tensor_mesh
+from swissarmy.nn.shared_axes import WHOLE, context_size, own_positions, placements, spread, tensor_mesh
 
 
 @final
@@ -37,9 +37,9 @@ class OwnPositions:
         mesh, length = hidden_states.device_mesh, hidden_states.shape[1]
         size = context_size(mesh)
         most = -(-length // size)
+        first = own_positions(mesh, length).start
         where = placements(mesh, context=Shard(1))
         states = hidden_states.redistribute(mesh, where).to_local()
-        first = most * mesh.get_local_rank(where.index(Shard(1)))
         padded = F.pad(targets, (0, most * size - length), value=ignored)
         own = padded[:, first : first + most]
         return cls(mesh, F.pad(states, (0, 0, 0, most - states.shape[1])), own, length)

@@ -159,6 +159,7 @@ def masks_of_positions_are_shared(rank: int) -> None:
         {"attention_mask": documents & sat.Causal()},
         {"attention_mask": by_head | torch.eye(7, dtype=torch.bool)},
         {"padding_mask": padding},
+        {"logits_to_keep": 1},
         {"logits_to_keep": 2},
     ]
     calls = [{"input_ids": torch.arange(14).view(2, 7), **call} for call in calls]

@@ -26,7 +26,7 @@ from swissarmy.backbone.plan import shared_dims
 from swissarmy.core.errors import HookCallError
 from swissarmy.core.hooks import Hook, answers, mark_of, non_conflict
 from swissarmy.core.mixin import BaseMixin
-from swissarmy.nn.shared_axes import CONTEXT, TENSOR, placements, spread
+from swissarmy.nn.shared_axes import TENSOR, all_have_some, context_size, placements, spread
 
 Placements = tuple[Placement, ...]
 _INSIDE: ContextVar[bool] = ContextVar("plain_tensors_are_whole", default=False)
@@ -65,7 +65,7 @@ class SharedSamplesMixin(BaseMixin):
         """Start the residual stream, `[b, s, h]`; pixels and the like come in as the caller gave them."""
         if not _INSIDE.get():
             raise HookCallError("this model is spread over processes: call it inside plain_tensors_are_whole().")
-        if kw_args.get("mems") is not None and CONTEXT in (self.mesh.mesh_dim_names or ()):
+        if kw_args.get("mems") is not None and context_size(self.mesh) > 1:
             raise HookCallError("context_parallel shares positions, and a cache wants all of them: leave `mems` out.")
         kw_args = {key: spread(value, self.mesh) if _is_real(value) else value for key, value in kw_args.items()}
         embedded = old_impl(input_ids, **kw_args)
@@ -95,8 +95,9 @@ class SharedSamplesMixin(BaseMixin):
 
     @non_conflict
     def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Any:
-        """Give the head what sublayers are given."""
-        return old_impl(self._put(hidden_states, self.inside), **kw_args)
+        """Give the head what sublayers are given, or all of the few positions that a caller asked for."""
+        few = not all_have_some(self.mesh, hidden_states.shape[1])
+        return old_impl(self._put(hidden_states, placements(self.mesh) if few else self.inside), **kw_args)
 
     def _check_length(self, length: int, transformer: nn.Module) -> None:
         """Each process needs positions, and on the CPU, where processes draw dropout side by side, as many.
@@ -104,13 +105,12 @@ class SharedSamplesMixin(BaseMixin):
         Raises:
             HookCallError: It would have others.
         """
-        for axis, each in zip(self.mesh.mesh_dim_names or (), self.stream, strict=False):
-            size = self.mesh[axis].size() if axis == CONTEXT and each.is_shard() else 1
-            if -(-length // size) * (size - 1) >= length and size > 1:
-                raise HookCallError(
-                    f"{length} positions, shared by context_parallel={size} processes in pieces of "
-                    f"{-(-length // size)}, leave some without any: pad, or use fewer processes."
-                )
+        if not all_have_some(self.mesh, length):
+            size = context_size(self.mesh)
+            raise HookCallError(
+                f"{length} positions, shared by context_parallel={size} processes in pieces of {-(-length // size)}, "
+                "leave some without any: pad, or use fewer processes."
+            )
         sharing = math.prod(self.mesh.size(axis) for axis, each in enumerate(self.stream) if each.is_shard())
         uneven = length % sharing and self.mesh.device_type == "cpu"
         if uneven and self.training and any(isinstance(each, nn.Dropout) and each.p for each in transformer.modules()):
