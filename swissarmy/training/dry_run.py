@@ -109,7 +109,7 @@ def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int, *,
     with torch.device("meta"):
         model = build()
     configs = [plain.config for _, plain in iterate_models(model)]
-    report("the parallel plan:", plan_problems(config, configs, world_size, device_type))
+    report("the parallel plan:", (*plan_problems(config, configs, world_size, device_type), *_not_counted(config)))
     data_size = world_size // config.sharing_size
     sizes = config.batch_sizes(data_size)
     samples = sizes.global_batch_size // (data_size * sizes.accumulation)
@@ -140,6 +140,12 @@ def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int, *,
         flops=cost.flops(tokens, sizes.global_batch_size),
         communication=_communication(config, memory, gathered, exchanged, sizes.accumulation, world_size),
     )
+
+
+def _not_counted(config: TrainConfig) -> Iterator[str]:
+    """Plans that run, and that torch's DTensor cannot follow on tensors without values (it looks for positions)."""
+    if config.context_parallel > 1 and config.tensor_parallel > 1:
+        yield "context_parallel and tensor_parallel together train, but a dry run counts only one of them: set one to 1"
 
 
 @contextmanager

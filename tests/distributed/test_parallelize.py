@@ -168,7 +168,9 @@ def masks_of_positions_are_shared(rank: int) -> None:
         alone, shared = make(Case("gpt2", mixins)), spread(Case("gpt2", mixins), CONTEXT)
         for call in calls:
             with plain_tensors_are_whole():
-                torch.testing.assert_close(shared(**call)[0], alone(**call)[0], msg=lambda text, call=call: f"{call} {text}")
+                torch.testing.assert_close(
+                    shared(**call)[0], alone(**call)[0], msg=lambda text, call=call: f"{call} {text}"
+                )
 
 
 def what_positions_cannot_do_is_refused(rank: int) -> None:
