@@ -9,6 +9,7 @@ Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,13 +79,12 @@ def _own(x: Tensor, mesh: DeviceMesh, *, context: Placement, tensor: Placement) 
     """This process's piece; to the gradient of what processes have in common, each adds a part."""
     where = placements(mesh, context=context, tensor=tensor)
     parts = tuple(Partial() if each == WHOLE else each for each in where)
-    whole = spread(x, mesh)
-    if context_size(mesh) == 1:
-        alone: Tensor = whole.redistribute(mesh, where).to_local(grad_placements=parts)
-        return alone
-    own: Tensor = whole.contiguous().redistribute(mesh, where).to_local(grad_placements=parts)
-    if own.requires_grad:  # processes have keys in other numbers, and a kernel's gradients then lie otherwise in memory
-        own.register_hook(torch.Tensor.contiguous)
+    whole: Any = spread(x, mesh)
+    if context_size(mesh) > 1:  # processes have keys in other numbers, and gradients would lie otherwise in memory
+        whole = whole.contiguous()
+    own: Tensor = whole.redistribute(mesh, where).to_local(grad_placements=parts)
+    if context_size(mesh) > 1 and own.requires_grad:
+        own.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return own
 
 
