@@ -81,6 +81,10 @@ NOT_CHECKED: Mapping[tuple[str, str], str] = {
         "reduced weights",
         "TP x 2",
     ): "its packed weights belong to the process that packed them; refused with that reason",
+    (
+        "reduced weights",
+        "CP x 2",
+    ): "its packed weights belong to the process that packed them; refused with that reason",
 }
 """A row and a check."""
 
