@@ -32,8 +32,8 @@ class Outcome:
         self.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def swissarmy(work: Work, folder: str, steps: int, *, compile: bool) -> Outcome:
-    """This library: `sat.train`, with its loader and all that it does by default."""
+def swissarmy(work: Work, folder: str, steps: int, **options: Any) -> Outcome:
+    """This library: `sat.train`, with its loader and all that it does by default, but for the options."""
     import swissarmy as sat
     from swissarmy.training.callbacks.base import Callback, Run, StepReport
     from swissarmy.training.steps import causal_lm_step, classification_step, image_classification_step
@@ -63,9 +63,9 @@ def swissarmy(work: Work, folder: str, steps: int, *, compile: bool) -> Outcome:
             train_iters=steps,
             batch_size=2 if work.task == "verses" else work.batch,
             lr=LEARNING_RATE,
-            compile=compile,
             trainable=("mixins.lora",) if work.lora else (),
             **_data_options(work),
+            **options,
         )
         sat.train(
             model,
@@ -216,8 +216,9 @@ def _timed_steps(outcome: Outcome, steps: int, tokens: int) -> Iterator[int]:
 
 
 RUNNERS: Final[Mapping[str, Callable[[Work, str, int], Outcome]]] = {
-    "swissarmy": partial(swissarmy, compile=False),
+    "swissarmy": swissarmy,
     "swissarmy, compiled": partial(swissarmy, compile=True),
+    "swissarmy, recomputing": partial(swissarmy, activation_checkpointing="full"),
     "Trainer": trainer,
     "Trainer, compiled": partial(trainer, compile=True),
     "Trainer, by length": partial(trainer, by_length=True),

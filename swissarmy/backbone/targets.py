@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast, final
 
-import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
@@ -166,8 +165,3 @@ class TargetedMixin(MergeableMixin, ABC, Generic[Change]):
 def module_name(name: str) -> str:
     """A projection's name as a module's, which has no dots."""
     return name.replace(".", "_")
-
-
-def precise(weight: Tensor) -> Tensor:
-    """In float32, or in float64 if it is."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))

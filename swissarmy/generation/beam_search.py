@@ -13,6 +13,7 @@ from swissarmy.core.errors import ConfigError, HookCallError
 from swissarmy.generation.grid import GAP
 from swissarmy.generation.strategies import Strategy, StrategyOptions, check_logits
 from swissarmy.nn.kv_cache import KVCache
+from swissarmy.nn.precision import precise
 
 LengthPenalty = Callable[[int], float]
 """What the log-probability of so many generated tokens, the end token counted, is divided by."""
@@ -162,8 +163,7 @@ class BeamSearchStrategy(Strategy):
         column, rows = tokens.shape[1], len(self.done)
         live = live & torch.isfinite(self.running.flatten())
         check_logits(logits, live, column, times=len(tokens) // rows)
-        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        processed = self.process(precise.log_softmax(dim=-1), tokens).double()
+        processed = self.process(precise(logits).log_softmax(dim=-1), tokens).double()
         best = processed.amax(dim=-1).masked_fill(~live, _NEVER).view(rows, -1).amax(dim=-1)
         ended = torch.tensor([any(groups) for groups in self.found], device=tokens.device)
         going = live.view(rows, -1).any(dim=-1)  # a dead end is one only where nothing of the row was found

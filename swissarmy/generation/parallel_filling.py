@@ -24,6 +24,7 @@ from swissarmy.generation.processors import temperature as heat
 from swissarmy.generation.processors import top_k as keep_k
 from swissarmy.generation.step_inputs import MasksAndPositions
 from swissarmy.generation.strategies import check_logits, draw, row_generators
+from swissarmy.nn.precision import precise
 
 _NO_TOKENS = torch.empty(0, 0, dtype=torch.long)
 """For processors that look at the scores alone."""
@@ -108,7 +109,7 @@ class IterativeEntropyFilterStrategy:
 
     def _scores(self, logits: Tensor) -> Tensor:
         """Logits `[n, vocab]` in float32 or better, without the suppressed tokens."""
-        return self.suppress(logits.to(torch.promote_types(logits.dtype, torch.float32)), _NO_TOKENS)
+        return self.suppress(precise(logits), _NO_TOKENS)
 
     def _drawn(self, scores: Tensor) -> Tensor:
         """A token for each open gap, `[n]`, row after row; each row draws its own numbers."""

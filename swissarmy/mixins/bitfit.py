@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.projections import Projection
-from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, precise
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig
 from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.nn.precision import precise
 
 
 @final

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.projections import Projection, matches
-from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, module_name, precise
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, module_name
 from swissarmy.core.errors import HookDefinitionError
 from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.nn.precision import precise
 
 
 @final

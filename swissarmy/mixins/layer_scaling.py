@@ -18,9 +18,9 @@ from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.merging import MergeableMixin
 from swissarmy.backbone.projections import Projection
 from swissarmy.backbone.sublayers import LayersConfig, Sublayer, sublayers_of
-from swissarmy.backbone.targets import precise
 from swissarmy.core.errors import HookDefinitionError
 from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.nn.precision import precise
 
 LAST: dict[str, Sublayer] = {
     "attention.output": "attention",

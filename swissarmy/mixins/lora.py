@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.projections import Projection, first_match
-from swissarmy.backbone.targets import TargetedMixin, TargetsConfig, precise
+from swissarmy.backbone.targets import TargetedMixin, TargetsConfig
 from swissarmy.core.errors import ConfigError, HookCallError, HookDefinitionError
 from swissarmy.core.hooks import Hook, non_conflict
+from swissarmy.nn.precision import precise
 
 
 @final

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.core.errors import ConfigError
+from swissarmy.nn.precision import precise_type
 
 Kind = Literal["fp16", "int8", "int4"]
 
@@ -125,8 +126,7 @@ class Int8Linear(ReducedLinear):
     def multiply_back(self, grad: Tensor) -> Tensor:
         """Some outputs at a time, added up in float32 at least."""
         rows, size = grad.flatten(0, -2), max(1, WIDENED_AT_ONCE // self.in_features)
-        precise = torch.promote_types(grad.dtype, torch.float32)
-        total = grad.new_zeros(len(rows), self.in_features, dtype=precise)
+        total = grad.new_zeros(len(rows), self.in_features, dtype=precise_type(grad.dtype))
         for start in range(0, self.out_features, size):
             some = slice(start, start + size)
             total += rows[:, some] @ self._widened(some).to(grad.dtype)

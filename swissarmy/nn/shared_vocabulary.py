@@ -4,24 +4,14 @@ Three numbers a position are exchanged: the largest logit, the sum of exponentia
 al. 2019).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-
-class LossTerms(NamedTuple):
-    """What the loss of each position is made of, `[n]` each."""
-
-    own: Tensor
-    """The target's logit."""
-    normalizer: Tensor
-    """The logarithm of the sum of all exponentials."""
-    largest: Tensor
-    """The largest logit, without gradient."""
+from swissarmy.nn.precision import precise
+from swissarmy.nn.token_losses import LossTerms, loss_terms
 
 
 def whole(x: Tensor) -> Tensor:
@@ -42,16 +32,15 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
         raise IndexError(str(error)) from None
 
 
-def loss_terms(logits: Tensor, targets: Tensor) -> LossTerms:
-    """From logits `[1, n, v]`, shared by vocabulary or whole, and targets `[n]`."""
+def shared_loss_terms(logits: Tensor, targets: Tensor) -> LossTerms:
+    """From logits `[1, n, v]`, shared by vocabulary or in another way, and targets `[n]`."""
     if isinstance(logits, DTensor) and any(isinstance(each, Shard) for each in logits.placements):
         return _shared_terms(logits.redistribute(logits.device_mesh, (Shard(2),)), targets)
-    wide = _wide(whole(logits)[0])
-    return LossTerms(wide.gather(1, targets[:, None])[:, 0], wide.logsumexp(dim=1), wide.detach().amax(dim=1))
+    return loss_terms(whole(logits)[0], targets)
 
 
 def _shared_terms(logits: DTensor, targets: Tensor) -> LossTerms:
-    mesh, local = logits.device_mesh, _wide(logits.to_local()[0])
+    mesh, local = logits.device_mesh, precise(logits.to_local()[0])
     largest: Tensor = collectives.all_reduce(local.detach().amax(dim=1), "max", mesh)
     place = targets - mesh.get_local_rank() * local.shape[1]
     is_here = (place >= 0) & (place < local.shape[1])
@@ -65,7 +54,3 @@ def _added_up(x: Tensor, mesh: DeviceMesh) -> Tensor:
     parts = DTensor.from_local(x, mesh, (Partial(),), run_check=False)
     total: Tensor = parts.redistribute(mesh, (Replicate(),)).to_local()
     return total
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

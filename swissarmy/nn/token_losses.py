@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swissarmy.core.errors import HookCallError
 from swissarmy.nn.linear import linear
+from swissarmy.nn.precision import precise, precise_type
 
 IGNORED = -100
 """A target that is not scored."""
@@ -127,15 +128,15 @@ class _LinearLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take some positions at a time."""
         need_states, need_weight, _ = ctx.needs_input_grad
-        precise = torch.promote_types(hidden_states.dtype, torch.float32)
-        each = torch.empty(targets.shape, dtype=precise, device=targets.device)
+        dtype = precise_type(hidden_states.dtype)
+        each = torch.empty(targets.shape, dtype=dtype, device=targets.device)
         correct = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
         grad_states = torch.empty_like(hidden_states) if need_states else None
         grad_weight = torch.zeros_like(weight) if need_weight else None  # where nothing is scored too, as other ranks
         for here in _slices(len(targets), max(1, LOGITS_AT_ONCE // len(weight))):
             states, scored = hidden_states[here], targets[here] != IGNORED
             places = torch.where(scored, targets[here], 0)[:, None]
-            logits = linear(states, weight).to(precise)
+            logits = linear(states, weight).to(dtype)
             largest, own = logits.amax(dim=1, keepdim=True), logits.gather(1, places)
             exponentials = logits.sub_(largest).exp_()  # in the memory of the logits, as all that follows
             sums = exponentials.sum(dim=1, keepdim=True)
@@ -144,7 +145,7 @@ class _LinearLosses(torch.autograd.Function):
             if not (need_states or need_weight):
                 continue
             slope = exponentials.mul_(scored[:, None] / sums)
-            slope.scatter_add_(1, places, -scored[:, None].to(precise))
+            slope.scatter_add_(1, places, -scored[:, None].to(dtype))
             slope = slope.to(hidden_states.dtype)
             if grad_states is not None:
                 grad_states[here] = linear(slope, weight.t())
@@ -180,11 +181,26 @@ def _losses_of(logits: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     scored = targets != IGNORED
     safe = torch.where(scored, targets, 0)
     if type(logits) is Tensor:
-        wide = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
-        own, normalizer = wide.gather(1, safe[:, None])[:, 0], wide.logsumexp(dim=1)
-        largest = wide.detach().amax(dim=1)
-    else:  # then at call time: a model in one process needs none of this
-        from swissarmy.nn.shared_vocabulary import loss_terms
+        terms = loss_terms(logits[0], safe)
+    else:
+        from swissarmy.nn.shared_vocabulary import shared_loss_terms  # at call time, as above
 
-        own, normalizer, largest = loss_terms(logits, safe)
-    return torch.where(scored, normalizer - own, 0.0), scored & (largest == own.detach())
+        terms = shared_loss_terms(logits, safe)
+    return torch.where(scored, terms.normalizer - terms.own, 0.0), scored & (terms.largest == terms.own.detach())
+
+
+class LossTerms(NamedTuple):
+    """What the loss of each position is made of, `[n]` each."""
+
+    own: Tensor
+    """The target's logit."""
+    normalizer: Tensor
+    """The logarithm of the sum of all exponentials."""
+    largest: Tensor
+    """The largest logit, without gradient."""
+
+
+def loss_terms(logits: Tensor, targets: Tensor) -> LossTerms:
+    """From logits `[n, v]` and targets `[n]`."""
+    logits = precise(logits)
+    return LossTerms(logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(dim=1), logits.detach().amax(dim=1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from swissarmy.core.errors import CheckpointError
+from swissarmy.nn.precision import precise_type
 
 
 @final
@@ -24,8 +25,7 @@ class WeightAverage:
         self.decay, self.updates = decay, 0
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.averages: dict[str, Tensor] = {
-            name: each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True)
-            for name, each in self._parameters.items()
+            name: each.detach().to(precise_type(each.dtype), copy=True) for name, each in self._parameters.items()
         }
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from swissarmy.nn.precision import precise_type
+
 
 def squared_norm(parameters: Iterable[Tensor], world_size: int = 1) -> Tensor:
     """This rank's part of the squared length of all gradients together: the sum over all ranks is the whole.
@@ -47,7 +49,7 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    dtype = precise_type(tensors[0].dtype)
     norms = torch._foreach_norm(tensors, 2.0, dtype=dtype)
     return torch.stack([norm.to(dtype) for norm in norms]).square().sum()
 

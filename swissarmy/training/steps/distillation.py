@@ -18,6 +18,7 @@ from torch import Tensor
 from swissarmy.core.errors import ConfigError, HookCallError
 from swissarmy.data.samples.examples import IGNORED
 from swissarmy.models._distillation import DistillationModel, DistillationOutput
+from swissarmy.nn.precision import precise
 from swissarmy.training.steps.inputs import model_inputs, needed
 
 HiddenLoss = Literal["mse", "cosine"]
@@ -56,7 +57,7 @@ def distillation_step(
     _check(temperature, label_share, hidden_weight, hidden_loss)
     result: DistillationOutput = model(**model_inputs(batch, model))
     scored = _Scored.of(batch, result.logits)
-    ours, theirs = _wide(scored.pick(result.logits)), _wide(scored.pick(result.teacher_logits))
+    ours, theirs = precise(scored.pick(result.logits)), precise(scored.pick(result.teacher_logits))
     soft = soft_target_loss(ours, theirs, temperature)
     hard = F.cross_entropy(ours, scored.targets, reduction="sum")
     hidden = _hidden_distance(result.hidden_states, scored, hidden_loss, ours)
@@ -114,15 +115,10 @@ def _hidden_distance(
     """The mean over pairs of layers of the distances of hidden states, summed over scored places."""
     total = like.new_zeros(())
     for ours, theirs in pairs:
-        a, b = _wide(scored.states(ours)), _wide(scored.states(theirs))
+        a, b = precise(scored.states(ours)), precise(scored.states(theirs))
         distance = (a - b).square().mean(-1) if kind == "mse" else 1 - F.cosine_similarity(a, b, dim=-1)
         total = total + (distance * scored.weights(a)).sum()
     return total / max(len(pairs), 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32, or in float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(temperature: float, label_share: float, hidden_weight: float, hidden_loss: str) -> None:

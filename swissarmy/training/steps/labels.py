@@ -13,6 +13,7 @@ from torch import Tensor
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import HookCallError
 from swissarmy.data.samples.examples import IGNORED
+from swissarmy.nn.precision import precise
 from swissarmy.training.steps.inputs import model_inputs, needed
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -35,7 +36,7 @@ def classification_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tens
     labels = needed(batch, "labels")
     scores = model(**model_inputs(batch, model))[0]
     _check(scores, labels)
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = precise(scores)
     if labels.is_floating_point():
         count = torch.tensor(labels.numel(), device=labels.device)
         return F.mse_loss(wide.view_as(labels), labels.to(wide.dtype), reduction="sum"), count, {}
