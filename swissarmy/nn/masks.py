@@ -72,17 +72,13 @@ class Mask(ABC):
 
         `device` defaults to the device of the mask's own tensors, or the default device.
         """
-        return self.rows(range(q_len), q_len, k_len, device)
-
-    def rows(self, queries: range, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
-        """The rows of `dense` for some of its queries, without the others: `[b or 1, h or 1, len(queries), k_len]`."""
         self.check(q_len, k_len)
-        device, first_query = device or self.device, k_len - q_len
-        q = torch.arange(first_query + queries.start, first_query + queries.stop, device=device).view(1, 1, -1, 1)
+        device = device or self.device
+        q = torch.arange(k_len - q_len, k_len, device=device).view(1, 1, q_len, 1)
         k = torch.arange(k_len, device=device).view(1, 1, 1, k_len)
         b = torch.arange(self.batch_size, device=device).view(-1, 1, 1, 1)
         h = torch.arange(self.num_heads, device=device).view(1, -1, 1, 1)
-        shape = (self.batch_size, self.num_heads, len(queries), k_len)
+        shape = (self.batch_size, self.num_heads, q_len, k_len)
         return self.visible(b, h, q, k).expand(shape)
 
     @property
@@ -296,6 +292,34 @@ class WithPrefix(Mask):
     def dense(self, q_len: int, k_len: int, device: torch.device | None = None) -> Tensor:
         inner = self.inner.dense(q_len, k_len - self.num_keys, device)
         return torch.nn.functional.pad(inner, (self.num_keys, 0), value=True)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows(Mask):
+    """Some of the queries that `inner` is about: those that `behind` others follow, of `total`."""
+
+    inner: Mask
+    total: int
+    behind: int
+
+    @property
+    def prefix_length(self) -> int:
+        return self.inner.prefix_length
+
+    @property
+    def batch_size(self) -> int:
+        return self.inner.batch_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.inner.num_heads
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.inner.visible(b, h, q - self.behind, k)
+
+    def check(self, q_len: int, k_len: int) -> None:
+        self.inner.check(self.total, k_len)
 
 
 def as_mask(value: Mask | Tensor | int | None) -> Mask:

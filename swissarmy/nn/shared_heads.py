@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
-from swissarmy.nn.masks import Causal, Dense, Full, Mask, SlidingWindow, WithPrefix
+from swissarmy.nn.masks import Causal, Dense, Full, Mask, Rows, SlidingWindow, WithPrefix
 from swissarmy.nn.shared_axes import WHOLE, context_size, own_positions, place, placements, spread
 
 HEADS, QUERIES = Shard(1), Shard(2)
@@ -109,7 +109,7 @@ def _mask_of_own_queries(mask: Mask, queries: range, q_len: int, k: Tensor) -> t
         return mask, k_len
     if _looks_back_alike(mask):
         return mask, k_len - (q_len - queries.stop)
-    return Dense(mask.rows(queries, q_len, k_len, k.device)), k_len
+    return Rows(mask, total=q_len, behind=q_len - queries.stop), k_len
 
 
 def _looks_back_alike(mask: Mask) -> bool:

@@ -17,6 +17,7 @@ from swissarmy.nn.masks import (
     Mask,
     Padding,
     PrefixLM,
+    Rows,
     SlidingWindow,
     as_mask,
 )
@@ -80,6 +81,17 @@ def test_one_mask_implies_another_only_if_it_shows_nothing_more(case: MaskCase, 
         if a.implies(b):
             shown, allowed = (m.dense(case.q_len, case.k_len) for m in (a, b))
             assert not (shown & ~allowed).any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(mask_cases(depth=3), st.data())
+def test_rows_are_the_rule_for_some_of_the_queries(case: MaskCase, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, case.q_len - 1))
+    count = data.draw(st.integers(1, case.q_len - first))
+    rows = Rows(case.mask, total=case.q_len, behind=case.q_len - first - count)
+    assert rows.prefix_length == case.mask.prefix_length
+    whole = case.mask.dense(case.q_len, case.k_len)
+    assert torch.equal(rows.dense(count, case.k_len), whole[:, :, first : first + count])
 
 
 def test_masks_that_follow_from_each_other_stay_one_type() -> None:
