@@ -23,9 +23,14 @@ def _train(options: "TrainOptions") -> int:
     """128 and the number of the signal, where one ended the run."""
     from swissarmy.cli.train_model import find_model
     from swissarmy.data.objectives.collator import objective_collator
+    from swissarmy.data.sources.open import check_path
+    from swissarmy.training.folder import check_folder
     from swissarmy.training.steps import STEPS
     from swissarmy.training.train import train
 
+    check_folder(options)  # what is wrong at a glance is told before a model is loaded
+    for path in (*options.train_data, *options.valid_data, *options.test_data):
+        check_path(path)
     tokenizer = _tokenizer(options)
     collate = objective_collator(options.objective, options, tokenizer, options)
     model, weights = find_model(options)

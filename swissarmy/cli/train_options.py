@@ -10,6 +10,7 @@ import yaml
 
 from swissarmy.cli.command import OF_THE_COMMAND_LINE, Options
 from swissarmy.core.errors import ConfigError
+from swissarmy.data.config import NO_DATA
 from swissarmy.data.objectives.options import Objective
 from swissarmy.training.config import TrainConfig
 
@@ -98,7 +99,7 @@ class TrainOptions(TrainConfig, ModelChoice):
 
     def problems(self) -> Iterator[str]:
         """What the config and the choice of the model have to say."""
-        yield from TrainConfig.problems(self)
+        yield from (problem for problem in TrainConfig.problems(self) if not (self.dry_run and problem == NO_DATA))
         yield from ModelChoice.problems(self)
         if self.world_size < 1:
             yield f"world_size={self.world_size} must be at least 1."

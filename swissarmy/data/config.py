@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from swissarmy.core.config import Config
 from swissarmy.core.errors import ConfigError
@@ -12,6 +12,9 @@ from swissarmy.data.order.weights import Weight, WeightsMean, parse_stages, pars
 RecordFormat = Literal["auto", "text", "completion", "chat", "tokens", "seq2seq", "classification", "images", "samples"]
 CAUSAL_FORMATS = ("auto", "text", "completion", "chat", "tokens")
 """Formats whose samples are one sequence of tokens, which can be packed, cut and split."""
+
+
+NO_DATA: Final = "there is no data: give train_data, valid_data or test_data."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ class DataConfig(Config):
     def problems(self) -> Iterator[str]:
         """Sizes out of range, weights that fit nothing, and settings that contradict each other."""
         if not (self.train_data or self.valid_data or self.test_data):
-            yield "there is no data: give train_data, valid_data or test_data."
+            yield NO_DATA
         yield from self._wrong_sizes()
         yield from self._wrong_weights()
         yield from self._wrong_splits()

@@ -97,6 +97,7 @@ def _losses_here(
     else:
         scored = torch.arange(len(wanted), device=wanted.device)
     if weight is not None:
+        _check_targets(wanted, len(weight))
         weight = weight if torch.is_grad_enabled() else weight.detach()  # the function below cannot tell
         total, own, is_own = _LinearLosses.apply(states, weight, wanted)  # type: ignore[no-untyped-call]
     else:
@@ -178,6 +179,7 @@ def _losses_of(logits: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         raise HookCallError(
             f"the model's head gives {shape} for {len(targets)} targets: `targets` needs logits [b, s, vocab]."
         )
+    _check_targets(targets, logits.shape[2])
     scored = targets != IGNORED
     safe = torch.where(scored, targets, 0)
     if type(logits) is Tensor:
@@ -187,6 +189,22 @@ def _losses_of(logits: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
 
         terms = shared_loss_terms(logits, safe)
     return torch.where(scored, terms.normalizer - terms.own, 0.0), scored & (terms.largest == terms.own.detach())
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Refuse targets outside the vocabulary, on a CPU, where looking costs nothing.
+
+    Raises:
+        HookCallError: With one of them.
+    """
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = targets[(targets != IGNORED) & ((targets < 0) | (targets >= vocabulary))]
+    if len(outside):
+        raise HookCallError(
+            f"targets hold {int(outside[0])}; this model's vocabulary has {vocabulary}, from 0 on; {IGNORED} stands "
+            "for a position that is not scored."
+        )
 
 
 class LossTerms(NamedTuple):

@@ -24,10 +24,8 @@ def open_folder(config: TrainConfig) -> Path:
     Raises:
         ConfigError: It cannot be written, or holds a run already and is not to be resumed.
     """
+    check_folder(config)
     folder = Path(config.output)
-    is_run = any((folder / name).exists() for name in OF_A_RUN)
-    if is_run and config.resume == "never":
-        raise ConfigError(f"output={folder} holds a run: resume it (--resume auto), or name another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replace_file(folder / ".writable") as file:
@@ -36,6 +34,17 @@ def open_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"output={folder} cannot be written: {error.strerror or error}.") from error
     return folder
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Look at the folder before anything is loaded.
+
+    Raises:
+        ConfigError: It holds a run already, which is not to be resumed.
+    """
+    folder = Path(config.output)
+    if config.resume == "never" and any((folder / name).exists() for name in OF_A_RUN):
+        raise ConfigError(f"output={folder} holds a run: resume it (--resume auto), or name another folder.")
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

@@ -174,3 +174,28 @@ def test_problems_of_a_file_are_in_one_report_with_lines(sat: Any, tmp_path: Pat
 def test_help_does_not_wait_for_torch() -> None:
     assert isinstance(COMMAND.options, LaterOptions)
     assert COMMAND.options_class.__name__ == "TrainOptions"
+
+
+def test_what_is_wrong_at_a_glance_is_told_before_the_model_is_loaded(
+    sat: Any, flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swissarmy.cli.train_model.find_model", lambda options: pytest.fail("the model was loaded"))
+    code, _, err = sat(*flags, "--valid-data", tmp_path / "line.txt")
+    assert code != 0
+    assert "there is no such file or folder. Did you mean 'lines.txt'?" in err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    code, _, err = sat(*flags)
+    assert code != 0
+    assert "holds a run" in err
+
+
+def test_a_dry_run_needs_no_data(sat: Any, tmp_path: Path, tiny: Path) -> None:
+    flags = ["--model", tiny, "--output", tmp_path / "run", "--train-iters", 3, "--batch-size", 4]
+    code, out, err = sat("train", *flags, "--dry-run")
+    assert code == 0, err
+    assert "memory of a rank" in out
+    code, _, err = sat("train", *flags)
+    assert code != 0
+    assert "there is no data" in err

@@ -1,4 +1,4 @@
-"""A slice of the matrix that `make contracts` runs whole: every mixin alone on every family, and what is quick."""
+"""A slice of the matrix that `make contracts` runs whole: every mixin alone on four families, and what is quick."""
 
 import inspect
 import json
@@ -20,9 +20,11 @@ from tests.contracts.page import MEANING, PAGE, RESULTS, page
 from tests.contracts.rows import FAMILIES, NOT_ON_TOP, ROWS, singles
 
 QUICK = [check for check in CHECKS if check != "compiles whole"]
+SLICE = ("bert", "gpt2", "t5", "vit")
+"""An encoder, a decoder, both, and one of pictures."""
 
 
-@pytest.mark.parametrize(("family", "row"), list(singles()))
+@pytest.mark.parametrize(("family", "row"), [(family, row) for family, row in singles() if family in SLICE])
 def test_a_mixin_keeps_the_contract_on_a_family(family: str, row: str) -> None:
     problems = {result.check: result.problem for result in run_here(Case(family, (row,)), QUICK)}
     assert problems
@@ -38,9 +40,9 @@ def test_all_mixins_at_once_compile_whole(family: str) -> None:
 
 @pytest.mark.parametrize("check", SHARDED_CHECKS)
 def test_mixins_keep_the_contract_on_two_processes(check: str) -> None:
-    cases = [case for case in all_cases() if len(case.rows) == 1 and case.family in ("gpt2", "t5")]
+    cases = [case for case in all_cases() if len(case.rows) == 1 and case.family == "gpt2"]
     results = run_sharded(check, cases)
-    assert len(results) > len(ROWS)
+    assert len(results) > 20
     assert not [result for result in results if result.problem is not None]
 
 

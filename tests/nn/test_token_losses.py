@@ -147,6 +147,16 @@ def test_targets_of_another_shape_and_heads_without_a_vocabulary_are_refused() -
         model(**tiny_inputs(model), targets=torch.zeros(2, 17, dtype=torch.long))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("target", [61, -1])
+def test_targets_outside_the_vocabulary_are_refused(family: str, target: int) -> None:
+    model = tiny_model(family)
+    targets = torch.full((2, 9), -100)
+    targets[1, 3] = target
+    with pytest.raises(sat.HookCallError, match=rf"targets hold {target}; this model's vocabulary has 61"):
+        model(**tiny_inputs(model), targets=targets)
+
+
 def shared(rank: int, world_size: int) -> list[Any]:
     """Loss, losses and gradients where two processes share the vocabulary, and where they share nothing."""
     mesh = init_device_mesh("cpu", (world_size,))

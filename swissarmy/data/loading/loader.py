@@ -41,7 +41,8 @@ class Loader:
     Args:
         parts: Samples, or streams of samples.
         order: Which sample is where.
-        collate: Makes a batch of a list of samples; the list may be empty in evaluation.
+        collate: Makes a batch of a list of samples; the list may be empty in evaluation. What it says of itself in
+            `fingerprint` must be the same when the run is resumed.
         global_batch_size: Samples of a step, over all ranks and micro-batches.
         accumulation: Micro-batches of a step.
         rank: Which of the processes this is.
@@ -110,6 +111,7 @@ class Loader:
             "global batch size": str(global_batch_size),
             "bucketing": "off" if bucketing is None else f"windows of {bucketing.window}, seed {bucketing.seed}",
             **fingerprint,
+            **getattr(collate, "fingerprint", {}),
         }
         self._num_workers, self._prefetch, self._timeout = num_workers, prefetch, worker_timeout
         self._pin_memory = pin_memory and torch.accelerator.is_available()

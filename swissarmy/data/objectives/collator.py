@@ -5,7 +5,7 @@ epoch, the same for every number of ranks and workers, and evaluation always ask
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, final, get_args
 
 from numpy.random import Generator
@@ -41,6 +41,8 @@ class CorruptingCollator:
     """Makes the batch."""
     seed: int
     """Decides what is hidden."""
+    fingerprint: Mapping[str, str]
+    """What must be the same when a run is resumed: the objective, and its options by name."""
 
     def __call__(self, samples: Samples) -> Batch:
         """The batch.
@@ -81,8 +83,12 @@ def objective_collator(
     if tokenizer is None:
         raise ConfigError(f"{objective} needs a tokenizer, to know special tokens: give one.")
     _check(objective, data)
-    corrupt, collate = _MAKERS[objective](data, tokenizer, options or ObjectiveOptions())
-    return CorruptingCollator(corrupt=corrupt, collate=collate, seed=data.seed)
+    options = options or ObjectiveOptions()
+    corrupt, collate = _MAKERS[objective](data, tokenizer, options)
+    chosen = {each.name: str(getattr(options, each.name)) for each in fields(ObjectiveOptions)}
+    return CorruptingCollator(
+        corrupt=corrupt, collate=collate, seed=data.seed, fingerprint={"objective": objective, **chosen}
+    )
 
 
 def _masked_lm(data: DataConfig, tokenizer: Tokenizer, options: ObjectiveOptions) -> Parts:

@@ -83,6 +83,23 @@ def extension_of(path: str | os.PathLike[str]) -> str:
     return files[0].suffix.lower() if files else ""
 
 
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that names nothing, without opening what it names; of a name on the hub nothing is known yet.
+
+    Raises:
+        DataError: there is no such file or folder, or no file matches.
+    """
+    name = os.fspath(path)
+    if name.startswith(HUB) or _files(name) or Path(name).is_dir():
+        return
+    if glob.has_magic(name):
+        raise DataError(f"{name}: no file matches this pattern")
+    plain = Path(name)
+    hint = nearest(plain.name, os.listdir(plain.parent) if plain.parent.is_dir() else ())
+    hint += "" if plain.suffix or plain.is_absolute() else f" A data set on the hub is written {HUB}{name}."
+    raise DataError(f"{name}: there is no such file or folder.{hint}")
+
+
 def _from_hub(name: str, options: dict[str, Any]) -> HuggingFaceSource:
     repository, _, query = name.removeprefix(HUB).partition("?")
     if not repository:
@@ -91,16 +108,9 @@ def _from_hub(name: str, options: dict[str, Any]) -> HuggingFaceSource:
 
 
 def _from_path(name: str, options: dict[str, Any]) -> Source:
-    if files := _files(name):
-        return _from_files(files, options)
-    path = Path(name)
-    if path.is_dir():
-        return _from_folder(path, options)
-    if glob.has_magic(name):
-        raise DataError(f"{name}: no file matches this pattern")
-    hint = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else ())
-    hint += "" if path.suffix or path.is_absolute() else f" A data set on the hub is written {HUB}{name}."
-    raise DataError(f"{name}: there is no such file or folder.{hint}")
+    check_path(name)
+    files = _files(name)
+    return _from_files(files, options) if files else _from_folder(Path(name), options)
 
 
 def _files(name: str) -> list[Path]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.config import DataConfig
+from swissarmy.data.loading.loader import FingerprintError
 from swissarmy.data.objectives.collator import objective_collator
 from swissarmy.data.objectives.options import Objective, ObjectiveOptions
 from swissarmy.data.source import DataError
@@ -31,7 +32,7 @@ def texts(tmp_path: Path) -> str:
 
 
 def built(objective: Objective, texts: str, *, ranks: tuple[int, int] = (0, 1), **settings: Any) -> Loaders:
-    accumulation = settings.pop("accumulation", 1)
+    accumulation, options = settings.pop("accumulation", 1), settings.pop("options", None)
     config = DataConfig(train_data=(texts,), valid_data=(texts,), **settings)
     return build_loaders(
         config,
@@ -41,7 +42,7 @@ def built(objective: Objective, texts: str, *, ranks: tuple[int, int] = (0, 1), 
         rank=ranks[0],
         world_size=ranks[1],
         num_steps=9,
-        collate=objective_collator(objective, config, TOKENIZER),
+        collate=objective_collator(objective, config, TOKENIZER, options),
     )
 
 
@@ -90,6 +91,21 @@ def test_a_text_is_masked_anew_in_each_epoch_and_with_each_seed(texts: str) -> N
     assert len({str(each) for each in masks()}) == 3
     assert masks(seed=1) != masks()
     assert masks() == masks()
+
+
+def test_a_run_goes_on_with_the_objective_that_it_began_with(texts: str) -> None:
+    def state(objective: Objective, **options: Any) -> dict[str, Any]:
+        train = built(objective, texts, options=ObjectiveOptions(**options)).train
+        assert train is not None
+        return train.state_dict()
+
+    goes_on = built("masked_lm", texts, options=ObjectiveOptions(mask_probability=0.3)).train
+    assert goes_on is not None
+    goes_on.load_state_dict(state("masked_lm", mask_probability=0.3))
+    with pytest.raises(FingerprintError, match=r"mask_probability(.|\n)*0\.15(.|\n)*0\.3"):
+        goes_on.load_state_dict(state("masked_lm"))
+    with pytest.raises(FingerprintError, match=r"objective(.|\n)*span_corruption(.|\n)*masked_lm"):
+        goes_on.load_state_dict(state("span_corruption", mask_probability=0.3))
 
 
 def test_batches_have_what_the_steps_read(texts: str) -> None:
