@@ -14,7 +14,7 @@ from swissarmy.testing.contract import Addition, backward, inputs_of, mixed
 from swissarmy.testing.distributed import run_distributed
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
 from swissarmy.training.parallel.parallelize import parallelize
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
+from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole
 
 SHARDED_CHECKS: Final[Mapping[str, ParallelOptions]] = {
     "FSDP2 x 2": ParallelOptions(shard=2),

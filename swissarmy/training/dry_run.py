@@ -34,7 +34,7 @@ from swissarmy.training.flops import TrainingCost
 from swissarmy.training.optimizer import make_optimizer
 from swissarmy.training.parallel.mesh import make_mesh, plan_problems, shared_mesh
 from swissarmy.training.parallel.parallelize import parallelize
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole, share_products
+from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole, share_samples
 from swissarmy.training.precision import autocast, prepare_weights
 
 
@@ -119,7 +119,9 @@ def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int, *,
     counts = [(each.numel(), each.requires_grad) for each in model.parameters()]
     cost = TrainingCost.of(model)
     with _fake_ranks(world_size):
-        activations, recomputed, exchanged = _activations(config, build, samples, length)
+        activations, recomputed, exchanged = _activations(
+            config, build, samples, length, max(each.num_layers for each in configs)
+        )
         memory, gathered = _spread(config, model)
     tokens = sizes.global_batch_size * (length if configs[-1].vocab_size else 1) * len(configs)
     return Plan(
@@ -195,13 +197,11 @@ def _optimizer_bytes(config: TrainConfig, model: Model) -> int:
 
 
 def _activations(
-    config: TrainConfig, build: Callable[[], Model], samples: int, length: int
+    config: TrainConfig, build: Callable[[], Model], samples: int, length: int, depth: int
 ) -> tuple[int, int, dict[str, int]]:
     """Bytes kept by a micro-batch, bytes kept besides while layers are recomputed, and bytes exchanged."""
     period = config.checkpoint_every_layers if config.activation_checkpointing != "none" else 1
     few, more = (_run_layers(config, build, samples, length, layers=count * period) for count in (1, 2))
-    with torch.device("meta"):
-        depth = max(len(plain.transformer.layers) for _, plain in iterate_models(build()))
     stretches = depth / period
     kept = few.kept + (more.kept - few.kept) * (stretches - 1)
     exchanged = {
@@ -246,7 +246,7 @@ def _run_layers(config: TrainConfig, build: Callable[[], Model], samples: int, l
     with FakeTensorMode(allow_non_fake_inputs=True), plain_tensors_are_whole(), _Watch(mesh) as watch:
         model.to_empty(device="cpu").train()
         if mesh is not None:
-            share_products(
+            share_samples(
                 model,
                 mesh,
                 sequence_parallel=config.sequence_parallel,

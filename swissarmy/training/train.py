@@ -28,7 +28,7 @@ from swissarmy.training.loop import train_steps
 from swissarmy.training.memory import keep_freed_memory
 from swissarmy.training.optimizer import make_optimizer
 from swissarmy.training.parallel.materialize import Weights
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
+from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole
 from swissarmy.training.precision import LossScaler
 from swissarmy.training.prepare import (
     check_model,

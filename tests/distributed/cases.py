@@ -20,7 +20,7 @@ from swissarmy.core.hooks import Hook
 from swissarmy.testing import tiny_inputs, tiny_model
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
 from swissarmy.training.parallel.parallelize import Checkpointing, parallelize
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
+from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole
 
 FAMILIES = ("gpt2", "bert", "t5", "vit", "llama")
 STEPS, BATCH = 5, 4

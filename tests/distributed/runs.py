@@ -24,7 +24,7 @@ from swissarmy.testing import tiny_model
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
 from swissarmy.training.parallel.parallelize import Checkpointing, parallelize
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole
+from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole
 from swissarmy.training.steps import STEPS
 from tests.training.tiny_runs import Diary, model_of, run
 

@@ -17,7 +17,7 @@ from swissarmy.core.hooks import Hook
 from swissarmy.testing import run_distributed, tiny_model
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh, shared_mesh
 from swissarmy.training.parallel.parallelize import parallelize
-from swissarmy.training.parallel.tensor_parallel import plain_tensors_are_whole, share_products
+from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole, share_samples
 from tests.distributed.cases import Case, batch_of, make
 
 TENSOR = ParallelOptions(tensor_parallel=2)
@@ -135,15 +135,15 @@ def context_parallelism_keeps_about_half(rank: int) -> None:
     for family in ("gpt2", "llama"):
         case = Case(family, changes={"hidden_size": 64} if family == "llama" else {"n_embd": 64})
         alone, shared = make(case), make(case)
-        share_samples(shared)
+        share_positions_alone(shared)
         assert kept_for_the_backward_pass(shared, 32) < 0.65 * kept_for_the_backward_pass(alone, 32)
 
 
-def share_samples(model: Model) -> None:
+def share_positions_alone(model: Model) -> None:
     """Context parallelism without FSDP2, whose gathered parameters would be counted as kept."""
     mesh = shared_mesh(make_mesh(CONTEXT, "cpu"), CONTEXT)
     assert mesh is not None
-    share_products(model, mesh, sequence_parallel=False, shard_vocabulary=True)
+    share_samples(model, mesh, sequence_parallel=False, shard_vocabulary=True)
 
 
 def masks_of_positions_are_shared(rank: int) -> None:

@@ -14,7 +14,7 @@ from swissarmy.backbone.plan import layer_units
 from swissarmy.core.config import report
 from swissarmy.mixins.reduced_weights import ReducedWeightsMixin
 from swissarmy.training.parallel.mesh import DATA, SHARD, ParallelOptions, shared_mesh
-from swissarmy.training.parallel.tensor_parallel import give_plain_tensors, share_products
+from swissarmy.training.parallel.shared_samples import give_plain_tensors, share_samples
 
 Checkpointing = Literal["none", "full", "selective"]
 """Which activations are computed again in the backward pass: none, all of a layer's, or all but its products'."""
@@ -51,7 +51,7 @@ def parallelize(
         report("this model cannot be spread over processes:", _problems(model))
     shared = None if mesh is None else shared_mesh(mesh, options)
     if shared is not None:
-        share_products(
+        share_samples(
             model,
             shared,
             sequence_parallel=options.sequence_parallel,
@@ -72,7 +72,7 @@ def shard_parameters(model: Model, mesh: DeviceMesh, mixed_precision: MixedPreci
     """FSDP2 (Zhao et al. 2023): a layer with all that mixins hold for it is gathered when it runs, and let go after.
 
     Args:
-        model: On which `share_products` came before, if at all.
+        model: On which `share_samples` came before, if at all.
         mesh: From `make_mesh`.
         mixed_precision: What shards are gathered and added up in.
     """

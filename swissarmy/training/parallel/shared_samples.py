@@ -123,7 +123,7 @@ class SharedSamplesMixin(BaseMixin):
         return spread(x, self.mesh).redistribute(self.mesh, where)
 
 
-def share_products(model: Model, mesh: DeviceMesh, *, sequence_parallel: bool, shard_vocabulary: bool) -> None:
+def share_samples(model: Model, mesh: DeviceMesh, *, sequence_parallel: bool, shard_vocabulary: bool) -> None:
     """Spread a model's parameters over the processes of `mesh` as `backbone.plan` says, and its computation with them.
 
     Args:
@@ -157,7 +157,7 @@ def give_plain_tensors(model: Model) -> None:
 def plain_tensors_are_whole() -> Iterator[None]:
     """While entered, operations take plain tensors beside `DTensor`s, as the same on every process.
 
-    Forward and backward passes of a model that `share_products` spread run inside; in others it changes nothing.
+    Forward and backward passes of a model that `share_samples` spread run inside; in others it changes nothing.
     """
     if _INSIDE.get():
         yield
