@@ -93,14 +93,13 @@ class Plan:
         return {**plain, "memory": {**plain["memory"], "total": self.memory.total}}
 
 
-def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int, *, device_type: str = "cpu") -> Plan:
+def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int) -> Plan:
     """Find out what a run would take; takes seconds, and next to no memory, for a model of any size.
 
     Args:
         config: The run's.
         build: Makes the model, with its mixins; called on the meta device.
         world_size: How many processes there are to be.
-        device_type: What they compute on.
 
     Raises:
         ConfigError: Everything about the plan that cannot be, in one message.
@@ -109,7 +108,7 @@ def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int, *,
     with torch.device("meta"):
         model = build()
     configs = [plain.config for _, plain in iterate_models(model)]
-    report("the parallel plan:", (*plan_problems(config, configs, world_size, device_type), *_not_counted(config)))
+    report("the parallel plan:", (*plan_problems(config, configs, world_size), *_not_counted(config)))
     data_size = world_size // config.sharing_size
     sizes = config.batch_sizes(data_size)
     samples = sizes.global_batch_size // (data_size * sizes.accumulation)

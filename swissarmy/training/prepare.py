@@ -73,7 +73,7 @@ def check_model(model: Model, config: TrainConfig, ranks: Ranks) -> None:
         CheckpointError: It could not be saved in the end.
     """
     configs = [plain.config for _, plain in iterate_models(model)]
-    check_plan(config, configs, ranks.world_size, ranks.device.type)
+    check_plan(config, configs, ranks.world_size)
     check_savable(model.saved)  # a run that ends without a model to keep should not begin
     if config.trainable:
         freeze_except(model, config.trainable)

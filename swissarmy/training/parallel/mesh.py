@@ -65,30 +65,25 @@ class ParallelOptions(Config):
         return world_size // (self.shard * self.sharing_size) if self.data is None else self.data
 
 
-def plan_problems(
-    options: ParallelOptions, configs: Sequence[TransformerConfig], world_size: int, device_type: str = "cpu"
-) -> Iterator[str]:
+def plan_problems(options: ParallelOptions, configs: Sequence[TransformerConfig], world_size: int) -> Iterator[str]:
     """What is wrong with a plan, a line for each problem with the values that would do; nothing is started.
 
     Args:
         options: The sizes of the axes.
         configs: Of the model, or of each of its parts.
         world_size: How many processes there are to be.
-        device_type: What they compute on.
     """
     yield from _size_problems(options, world_size)
     yield from divisibility_problems(configs, options.tensor_parallel, shard_vocabulary=options.shard_vocabulary)
 
 
-def check_plan(
-    options: ParallelOptions, configs: Sequence[TransformerConfig], world_size: int, device_type: str = "cpu"
-) -> None:
+def check_plan(options: ParallelOptions, configs: Sequence[TransformerConfig], world_size: int) -> None:
     """Refuse a plan that cannot be, with all that is wrong with it in one message.
 
     Raises:
         ConfigError: See `plan_problems`.
     """
-    report("the parallel plan:", plan_problems(options, configs, world_size, device_type))
+    report("the parallel plan:", plan_problems(options, configs, world_size))
 
 
 def make_mesh(options: ParallelOptions, device_type: str) -> DeviceMesh:
