@@ -14,6 +14,7 @@ limit is the time of the products of a step alone, measured here. Writes a table
 import argparse
 import json
 import multiprocessing
+import os
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # its own look at the processor may fail, and all code be scalar then
     print(describe_machine())
     if options.litgpt is None:
         print("litgpt does not take part: give --litgpt PYTHON")

@@ -89,10 +89,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     need_x, need_weight, need_bias = ctx.needs_input_grad
     rows = grad.flatten(0, -2)
     return (
-        linear(grad, weight.t()) if need_x else None,
-        linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
+        _product(grad, weight.t()) if need_x else None,
+        _product(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
         rows.sum(0) if need_bias else None,
     )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """As the product was that it is a gradient of; a compiler that traces it shows tensors of types of its own."""
+    product: Tensor = linear(x, weight) if type(x) is Tensor else _differentiable(x, weight, None)
+    return product
 
 
 _differentiable.register_autograd(_gradients, setup_context=_keep)

@@ -1,9 +1,13 @@
 """`linear` is the product it stands for, whichever path it takes, and differentiable like it."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from swissarmy.nn import linear as module
 from swissarmy.nn.linear import WORTH_CHOOSING, Linear, linear
@@ -80,6 +84,22 @@ def test_compiled_it_is_one_graph_and_the_same() -> None:
     (ours,) = torch.autograd.grad(compiled(x).sum(), network[0].weight)
     (theirs,) = torch.autograd.grad(network(x).sum(), network[0].weight)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_gradients_are_by_the_same_products() -> None:
+    """A compiler traces gradients with tensors of its own types, which the choice must not take for another machine."""
+    targets: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    x, weight, bias = operands("large", 70)
+    compiled = torch.compile(linear, fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    compiled(x, weight, bias).square().sum().backward()
+    assert targets.count("swissarmy.linear.default") == (3 if module.MKL_WOULD_SERVE else 0)
+    assert ("aten.mm.default" in targets) != module.MKL_WOULD_SERVE
 
 
 def test_autocast_keeps_its_say() -> None:
