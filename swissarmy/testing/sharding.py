@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from swissarmy.backbone.model import Model
 from swissarmy.mixins.mixture_of_experts import MixtureOfExpertsMixin
+from swissarmy.mixins.qk_norm import QKNormMixin
 from swissarmy.testing.contract import Addition, backward, inputs_of, mixed
 from swissarmy.testing.distributed import run_distributed
 from swissarmy.training.parallel.mesh import ParallelOptions, make_mesh
@@ -28,6 +29,7 @@ IN_FLOAT32: Final[Mapping[object, float]] = {
     "t5": 1e-6,
     "gemma3_text": 1e-4,
     MixtureOfExpertsMixin: 1e-4,
+    QKNormMixin: 1e-6,
 }
 """What computes in float32 inside a float64 model, as the published implementations do, and how far sums that differ in
 their last bit may go apart there: statistics of RMS norms; Gemma's weights of norms, and routers."""
