@@ -34,6 +34,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
 contracts: $(STAMP)
+	$(BIN)/python -m pytest -m contracts tests/contracts
 	$(BIN)/python -W ignore -m tests.contracts.run
 
 distributed: $(STAMP)
