@@ -72,7 +72,7 @@ def verses(vocab: int) -> Iterator[tuple[list[int], int]]:
 
 WORKS: Final = (
     Work("gpt2 124M, 2 x 256", "gpt2", "causal", 2, (*TRAINER, "plain loop", *OURS), length=256),
-    Work("llama-like 99M, 2 x 256", "llama", "causal", 2, (*TRAINER, "litgpt", *OURS), length=256),
+    Work("llama-like 125M, 2 x 256", "llama", "causal", 2, (*TRAINER, "litgpt", *OURS), length=256),
     Work("gpt2 124M, LoRA r=8, 2 x 256", "gpt2", "causal", 2, (*TRAINER, *OURS), length=256, lora=True),
     Work("gpt2 124M, verses", "gpt2", "verses", 8, ("Trainer", "Trainer, by length", *OURS), length=256),
     Work("bert-base, classify verses", "bert", "classify", 8, ("Trainer", "Trainer, by length", *OURS)),
