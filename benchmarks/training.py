@@ -116,8 +116,8 @@ def _check_agreement(work: Work, runs: Mapping[str, Sequence[Outcome]]) -> None:
 def print_results(work: Work, results: Mapping[str, Result], limit: float | None) -> list[dict[str, Any]]:
     """A table of one work; its rows again as values for the plot."""
     theirs = [name for name in results if not name.startswith("swissarmy")]
-    best = min(theirs, key=lambda name: results[name].steps.median)
-    trainer = results.get("Trainer")
+    best = min(theirs, key=lambda name: results[name].steps.median, default=None)
+    trainer, peer = results.get("Trainer"), None if best is None else results[best]
     table = Table(title=f"{work.name} (best peer: {best})", title_justify="left")
     table.add_column("candidate")
     headings = (f"{work.unit}/s", "ms a step", "min", "max", "x Trainer", "x best peer", "peak GB", "x Trainer")
@@ -126,7 +126,7 @@ def print_results(work: Work, results: Mapping[str, Result], limit: float | None
     rows = []
     for name, each in results.items():
         share = None if limit is None else limit / each.steps.median
-        beside = [None if trainer is None else ratio(each.steps, trainer.steps), ratio(each.steps, results[best].steps)]
+        beside = [None if other is None else ratio(each.steps, other.steps) for other in (trainer, peer)]
         memory = None if trainer is None else each.peak_gigabytes / trainer.peak_gigabytes
         times = (f"{1000 * value:.0f}" for value in (each.steps.median, each.steps.min, each.steps.max))
         table.add_row(

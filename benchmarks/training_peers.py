@@ -219,6 +219,7 @@ RUNNERS: Final[Mapping[str, Callable[[Work, str, int], Outcome]]] = {
     "swissarmy": swissarmy,
     "swissarmy, compiled": partial(swissarmy, compile=True),
     "swissarmy, recomputing": partial(swissarmy, activation_checkpointing="full"),
+    "swissarmy, giving back": partial(swissarmy, keep_memory=False),
     "Trainer": trainer,
     "Trainer, compiled": partial(trainer, compile=True),
     "Trainer, by length": partial(trainer, by_length=True),

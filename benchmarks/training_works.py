@@ -15,7 +15,7 @@ from torch import nn
 from swissarmy.nn.linear import linear
 
 TRAINER: Final = ("Trainer", "Trainer, compiled")
-OURS: Final = ("swissarmy", "swissarmy, compiled", "swissarmy, recomputing")
+OURS: Final = ("swissarmy", "swissarmy, compiled", "swissarmy, recomputing", "swissarmy, giving back")
 TEXT: Final = Path(__file__).parent.parent / "examples" / "data" / "kjv_gospels_and_acts.txt"
 CLASSES: Final = 5
 
