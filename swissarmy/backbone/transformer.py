@@ -15,6 +15,7 @@ from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.linear import Linear
 from swissarmy.nn.masks import Mask
 from swissarmy.nn.norms import make_norm
+from swissarmy.nn.starting_values import start_normal
 
 
 class StackResult(NamedTuple):
@@ -46,11 +47,7 @@ class Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Give every weight its starting value."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        start_normal(self, self.config.initializer_range)
         if self.config.scale_residual_init:
             shrink = (2 * self.config.num_layers) ** -0.5
             for name, parameter in self.named_parameters():

@@ -11,7 +11,7 @@ from swissarmy.core.weight_map import Rule, WeightMap, same
 from swissarmy.mixins.heads import ClassificationHeadMixin, MLMHeadMixin
 from swissarmy.mixins.learned_positions import LearnedPositionsMixin
 from swissarmy.mixins.token_types import TokenTypesMixin
-from swissarmy.models._family import FamilyConfig
+from swissarmy.models._family import FamilyConfig, with_parts
 
 HEAD = "mixins.head"
 LAYER = "transformer.layers.{i}"
@@ -101,7 +101,7 @@ def build_encoder(
     )
     positions = LearnedPositionsMixin(config.max_position_embeddings, config.hidden_size, padding_id=position_offset)
     token_types = TokenTypesMixin(config.type_vocab_size, config.hidden_size)
-    return BaseModel(backbone, {"token-types": token_types, "positions": positions, "head": head})
+    return with_parts(backbone, {"token-types": token_types, "positions": positions, "head": head})
 
 
 def lm_head(config: EncoderConfig, vocab_size: int, activation: str) -> MLMHeadMixin:

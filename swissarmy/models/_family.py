@@ -9,10 +9,13 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
 
 import torch
 
-from swissarmy.backbone.model import Model, every_mixin
+from swissarmy.backbone.config import TransformerConfig
+from swissarmy.backbone.model import BaseModel, Model, every_mixin
 from swissarmy.core.config import Config, report
 from swissarmy.core.errors import ConfigError, nearest
+from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import WeightMap
+from swissarmy.nn.starting_values import start_normal
 
 COMMON_IGNORED = frozenset(
     """
@@ -129,6 +132,13 @@ class Source:
     """The parameters that the family itself made, and their shapes; others belong to mixins added since."""
     own_mixins: frozenset[str]
     """The full names of the mixins that the family itself added."""
+
+
+def with_parts(backbone: TransformerConfig, parts: Mapping[str, BaseMixin]) -> BaseModel:
+    """A backbone and the mixins that make it a family, whose weights start as wide as its own."""
+    for part in parts.values():
+        start_normal(part, backbone.initializer_range)
+    return BaseModel(backbone, parts)
 
 
 def list_models() -> list[str]:

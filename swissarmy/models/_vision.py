@@ -14,7 +14,7 @@ from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import WeightMap, joined, reshaped, same, unsqueezed
 from swissarmy.mixins.heads import ClassificationHeadMixin, PoolerMixin
 from swissarmy.mixins.patch_embedding import InterpolatedPositionsMixin, PatchEmbeddingMixin, interpolate
-from swissarmy.models._family import FamilyConfig
+from swissarmy.models._family import FamilyConfig, with_parts
 from swissarmy.nn.activations import ACTIVATIONS
 
 
@@ -94,7 +94,7 @@ def build(config: VisionConfig) -> BaseModel:
         "positions": InterpolatedPositionsMixin(config.hidden_size, config.grid, num_first_tokens=first),
         "head": _head(config),
     }
-    return BaseModel(backbone, mixins)
+    return with_parts(backbone, mixins)
 
 
 def _head(config: VisionConfig) -> BaseMixin:

@@ -20,7 +20,7 @@ from swissarmy.models._decoder import (
     decoder_head,
     decoder_weights,
 )
-from swissarmy.models._family import Family, Preset
+from swissarmy.models._family import Family, Preset, with_parts
 from swissarmy.models._rope import rope_parameters
 
 LayerType = Literal["sliding_attention", "full_attention"]
@@ -93,7 +93,7 @@ def build(config: Gemma3TextConfig) -> BaseModel:
     mixins |= decoder_head(config, backbone, dropout=None)
     if config.final_logit_softcapping is not None and config.architecture == "Gemma3ForCausalLM":
         mixins["logit-softcap"] = LogitSoftcapMixin(config.final_logit_softcapping)
-    return BaseModel(backbone, mixins)
+    return with_parts(backbone, mixins)
 
 
 def _rope(config: Gemma3TextConfig, kind: LayerType) -> Any:

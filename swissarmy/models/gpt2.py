@@ -10,7 +10,7 @@ from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import WeightMap, joined, same, transposed
 from swissarmy.mixins.heads import ClassificationHeadMixin, NoHeadMixin
 from swissarmy.mixins.learned_positions import LearnedPositionsMixin
-from swissarmy.models._family import Family, FamilyConfig, Preset
+from swissarmy.models._family import Family, FamilyConfig, Preset, with_parts
 
 
 @final
@@ -74,7 +74,7 @@ def build(config: GPT2Config) -> BaseModel:
         initializer_range=config.initializer_range,
     )
     positions = LearnedPositionsMixin(config.n_positions, config.n_embd)
-    return BaseModel(backbone, {"positions": positions, **_head(config)})
+    return with_parts(backbone, {"positions": positions, **_head(config)})
 
 
 def _head(config: GPT2Config) -> dict[str, BaseMixin]:

@@ -15,7 +15,7 @@ from swissarmy.models._decoder import (
     decoder_head,
     decoder_weights,
 )
-from swissarmy.models._family import Family, Preset
+from swissarmy.models._family import Family, Preset, with_parts
 from swissarmy.models._rope import rope_parameters
 
 LLAMA_31_ROPE = {
@@ -53,7 +53,7 @@ def build(config: LlamaConfig) -> BaseModel:
         where="llama: rope_parameters",
     )
     mixins: dict[str, BaseMixin] = {"rotary": RotaryMixin.for_config(backbone, parameters=(rope,))}
-    return BaseModel(backbone, {**mixins, **decoder_head(config, backbone, dropout=config.classifier_dropout)})
+    return with_parts(backbone, {**mixins, **decoder_head(config, backbone, dropout=config.classifier_dropout)})
 
 
 def weights(config: LlamaConfig) -> WeightMap:

@@ -25,6 +25,8 @@ class EvaluationOptions(Config):
 
     eval_interval: int | None = None
     """Evaluate every so many steps, and at the end; at the end only when `None`."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too: what the model can do as it is."""
     eval_iters: int | None = None
     """On how many batches of the valid data; on all when `None`. The test data is always read whole."""
     eval_batch_size: int | None = None

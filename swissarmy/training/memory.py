@@ -16,8 +16,8 @@ class MemoryOptions(Config):
     """What a run does with the memory that it has used."""
 
     keep_memory: bool = True
-    """On a CPU with glibc, keep freed memory for the next step: giving it back and faulting it in again costs about a
-    quarter of a step. It holds for the whole process, from the start of the run on."""
+    """On a CPU with glibc, keep freed memory for the next step: giving it back and faulting it in again costs a tenth
+    to a fifth of a step. It holds for the whole process, from the start of the run on."""
 
 
 def keep_freed_memory() -> bool:

@@ -1,5 +1,6 @@
 """Evaluation: every sample once, in evaluation mode, with the same numbers however it is cut."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,20 @@ def test_without_an_interval_it_evaluates_at_the_end(tmp_path: Path) -> None:
     diary = Diary()
     run(tmp_path / "run", callbacks=[diary], split="80,20,0")
     assert [f"{each.name} {each.step}" for each in diary.evaluations] == ["valid 3"]
+
+
+def test_a_run_may_evaluate_before_its_first_step(tmp_path: Path) -> None:
+    diary, model = Diary(), model_of()
+    expected = evaluate(model, loader_of(11), step).mean_loss
+    settings: dict[str, Any] = {"valid_data": ("rows:11",), "eval_on_start": True}
+    run(tmp_path / "run", model=model, callbacks=[diary], **settings, save_interval=1, train_iters=2)
+    assert [f"{each.name} {each.step}" for each in diary.evaluations] == ["valid 0", "valid 2"]
+    assert diary.evaluations[0].loss == pytest.approx(expected, rel=1e-13)
+    resumed = Diary()
+    run(tmp_path / "run", callbacks=[resumed], **settings, save_interval=1, train_iters=3, resume="auto")
+    assert [each.step for each in resumed.evaluations] == [3]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 2, 3]
 
 
 def test_evaluating_changes_nothing_in_the_run(tmp_path: Path) -> None:

@@ -269,7 +269,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         ({"global_batch_size": 8, "accumulation": 3}, "global_batch_size=8 cannot be shared"),
         ({"trainable": ("transformer.layer",)}, r"'transformer.layer' matches no parameter. Did you mean"),
         ({"shard": 2}, "torchrun --nproc-per-node 2"),
-        ({"eval_interval": 1}, "nothing to evaluate on"),
+        ({"eval_interval": 1}, "nothing to evaluate on: .* leave out eval_interval"),
+        ({"eval_on_start": True}, "nothing to evaluate on: .* leave out eval_on_start"),
         ({"train_data": ("rows:0",)}, "rows:0 is empty"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Evaluation during a run: the valid set at intervals and at the end, the test set once."""
+"""Evaluation during a run: the valid set before it, at intervals and at the end, the test set once."""
 
 import logging
 import time
@@ -19,14 +19,18 @@ class Evaluate(Callback):
     """Evaluates with the averaged weights where the run keeps them. What a signal ends is not evaluated first."""
 
     def on_start(self, run: Run) -> None:
-        """Refuse evaluation settings without anything to evaluate on.
+        """Evaluate first, where that is wanted, in a run that is not resumed.
 
         Raises:
-            ConfigError: There are no valid data.
+            ConfigError: There are no valid data, and settings that want some.
         """
-        asked = run.config.eval_interval is not None or run.config.early_stopping is not None
+        config = run.config
+        asked = config.eval_on_start or config.eval_interval is not None or config.early_stopping is not None
         if asked and not _has_samples(run.loaders.valid):
-            raise ConfigError("there is nothing to evaluate on: give valid_data or split, or leave out eval_interval.")
+            setting = "eval_interval" if config.eval_interval is not None else "eval_on_start"
+            raise ConfigError(f"there is nothing to evaluate on: give valid_data or split, or leave out {setting}.")
+        if config.eval_on_start and run.step == 0:
+            self._evaluate(run, "valid", run.loaders.valid, config.eval_iters)
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Evaluate where it is due."""

@@ -82,10 +82,10 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Keep the lines up to a step."""
+    """Keep the lines up to a step; a run that begins evaluates before its first one anew."""
     with replace_file(path) as kept:
         for line in _whole_lines(path):
-            if _step_of(line) <= step:
+            if step and _step_of(line) <= step:
                 kept.write(line)
 
 
