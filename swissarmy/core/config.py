@@ -13,6 +13,15 @@ from swissarmy.core.errors import ConfigError, nearest
 class Config:
     """The base of every configuration. A subclass adds fields, and `problems` for what types cannot say."""
 
+    def __new__(cls, **values: Any) -> Self:
+        """Refuse names that are no fields.
+
+        Raises:
+            ConfigError: With the nearest name of each.
+        """
+        report(f"{cls.__name__}:", _unknown(cls, values))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Check types, then what the subclass checks.
 
@@ -35,7 +44,7 @@ class Config:
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         known = {key: _as_tuple(value) for key, value in values.items() if key in fields}
-        problems = [f"unknown field '{key}'.{nearest(str(key), fields)}" for key in values if key not in fields]
+        problems = list(_unknown(cls, values))
         problems += [f"{name} is missing" for name, field in fields.items() if name not in known and _required(field)]
         report(f"{where or cls.__name__}:", [*problems, *_type_problems(cls, known)])
         return cls(**known)
@@ -56,6 +65,11 @@ def report(title: str, problems: Iterable[str]) -> None:
         raise ConfigError(f"{title} {lines[0]}")
     if lines:
         raise ConfigError("\n  - ".join([f"{title} {len(lines)} problems", *lines]))
+
+
+def _unknown(cls: type[Config], names: Iterable[str]) -> Iterator[str]:
+    fields = [field.name for field in dataclasses.fields(cls)]
+    yield from (f"unknown field '{name}'.{nearest(str(name), fields)}" for name in names if name not in fields)
 
 
 def _as_tuple(value: Any) -> Any:

@@ -91,6 +91,11 @@ def test_values_are_looked_at_together_once_their_types_are_right() -> None:
         Sample(size=0, rate="x")  # type: ignore[arg-type]
 
 
+def test_unknown_fields_are_named_by_the_constructor_too() -> None:
+    with pytest.raises(ConfigError, match=r"Sample: unknown field 'sise'. Did you mean 'size'\?"):
+        Sample(sise=2)  # type: ignore[call-arg]
+
+
 def test_replace_refuses_an_unknown_field() -> None:
     with pytest.raises(ConfigError, match=r"unknown field 'sise'. Did you mean 'size'\?"):
         Sample(size=1).replace(sise=2)
