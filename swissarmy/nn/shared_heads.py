@@ -7,7 +7,7 @@ The one place where a model that is spread over processes looks at this process'
 Shapes: q `[b, heads, s, d]`, k and v `[b, kv_heads, t, d]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,9 +59,7 @@ def on_own_heads(
         own_bias = None if own_bias is None else own_bias[..., :last]
     run = partial(kernel, own_q, own_k, own_v, own_mask, own_bias)
     result = _with_own_draws(run, mesh) if draws else run()
-    shape = torch.Size((*q.shape[:3], result.shape[3]))
-    strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(result.contiguous(), mesh, where, run_check=False, shape=shape, stride=strides)
+    return _assembled(result, mesh, where, torch.Size((*q.shape[:3], result.shape[3])))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot hold the state of a generator
@@ -82,10 +80,23 @@ def _own(x: Tensor, mesh: DeviceMesh, *, context: Placement, tensor: Placement) 
     whole: Any = spread(x, mesh)
     if context_size(mesh) > 1:  # processes have keys in other numbers, and gradients would lie otherwise in memory
         whole = whole.contiguous()
+        if whole.requires_grad:
+            whole.register_hook(_packed)
     own: Tensor = whole.redistribute(mesh, where).to_local(grad_placements=parts)
     if context_size(mesh) > 1 and own.requires_grad:
         own.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return own
+
+
+def _packed(x: DTensor) -> DTensor:
+    """The same without gaps: what is left of a piece that was padded keeps the padding's strides."""
+    return _assembled(x.to_local(), x.device_mesh, x.placements, x.shape)
+
+
+def _assembled(own: Tensor, mesh: DeviceMesh, where: Sequence[Placement], shape: torch.Size) -> DTensor:
+    """The whole that pieces make, which may differ in size; each lies in memory without gaps, as the whole says."""
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(own.contiguous(), mesh, where, run_check=False, shape=shape, stride=strides)
 
 
 def _own_bias(bias: Tensor | None, mesh: DeviceMesh) -> Tensor | None:
