@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
 
@@ -26,8 +26,9 @@ def run_distributed(fn: Callable[..., T], world_size: int, *args: Any, timeout: 
     """Call `fn(rank, world_size, *args)` in so many new processes that form a `gloo` group on this machine's CPU.
 
     The group is torch's default one while `fn` runs: `torch.distributed` and `init_device_mesh("cpu", ...)` work as
-    they do under `torchrun`. When this returns or raises, every process is gone. Each begins by importing torch,
-    which takes a second or two, so a test does well to check several things in one call.
+    they do under `torchrun`. When this returns or raises, every process is gone. They are copies of one that has
+    imported torch and this library, and has done nothing else: that one takes a few seconds at the first call, and
+    stays until the calling process ends. Each has the environment of the call.
 
     Args:
         fn: A function at the top of a module, which the processes import.
@@ -72,15 +73,16 @@ class _Report(NamedTuple):
 class _Rank:
     """A process, and the pipe that its report comes through."""
 
-    def __init__(self, process: SpawnProcess, pipe: Connection) -> None:
+    def __init__(self, process: ForkServerProcess, pipe: Connection) -> None:
         self.process, self.pipe = process, pipe
 
     @classmethod
     def start(cls, task: bytes, rank: int, world_size: int, store: Path, timeout: float) -> "_Rank":
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch may hold
-        receiving, sending = spawn.Pipe(duplex=False)
-        arguments = (task, rank, world_size, str(store), timeout, sending)
-        process = spawn.Process(target=_work, args=arguments, name=f"rank {rank}")
+        server = multiprocessing.get_context("forkserver")  # a fork of this process would copy locks of torch's threads
+        server.set_forkserver_preload([__name__])
+        receiving, sending = server.Pipe(duplex=False)
+        arguments = (task, rank, world_size, str(store), timeout, sending, dict(os.environ))
+        process = server.Process(target=_work, args=arguments, name=f"rank {rank}")
         process.start()
         sending.close()  # the process holds the only end now: when it dies, the pipe says so
         return cls(process, receiving)
@@ -163,8 +165,18 @@ def _wait(running: Mapping[int, _Rank], deadline: float) -> list[int]:
     return [rank for rank, each in running.items() if each.pipe in ready or each.process.sentinel in ready]
 
 
-def _work(task: bytes, rank: int, world_size: int, store: str, timeout: float, pipe: Connection) -> None:
+def _work(
+    task: bytes,
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout: float,
+    pipe: Connection,
+    environment: Mapping[str, str],
+) -> None:
     """What each process does: join the group, call the function, report."""
+    os.environ.clear()  # it is that of the first call
+    os.environ.update(environment)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     try:
         fn, args = pickle.loads(task)

@@ -209,7 +209,7 @@ def test_a_model_learns(name):
     lr = 0.2 if name == "adafactor" else 0.02  # Adafactor's is relative to the size of the weights
     optimizer = make_optimizer(model, OptimizerOptions(optimizer=name, lr=lr))
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         logits = model(**inputs)[0]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"].flatten())
         loss.backward()
