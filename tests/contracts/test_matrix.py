@@ -25,9 +25,13 @@ SLICE = ("bert", "gpt2", "t5", "vit")
 """An encoder, a decoder, both, and one of pictures."""
 
 
-def in_slice(families: Iterable[str]) -> list[Any]:
-    """Families as parameters: those outside of the slice wait for `make contracts`."""
-    return [pytest.param(each, marks=() if each in SLICE else pytest.mark.contracts) for each in families]
+COMPILED = ("bert", "gpt2")
+"""Compiling takes long: the others wait for `make contracts`."""
+
+
+def compiled(families: Iterable[str]) -> list[Any]:
+    """Families as parameters."""
+    return [pytest.param(each, marks=() if each in COMPILED else pytest.mark.contracts) for each in families]
 
 
 @pytest.mark.parametrize(("family", "row"), [(family, row) for family, row in singles() if family in SLICE])
@@ -37,7 +41,7 @@ def test_a_mixin_keeps_the_contract_on_a_family(family: str, row: str) -> None:
     assert not any(problems.values()), problems
 
 
-@pytest.mark.parametrize("family", in_slice(FAMILIES))
+@pytest.mark.parametrize("family", compiled(FAMILIES))
 def test_all_mixins_at_once_compile_whole(family: str) -> None:
     rows = all_rows(family)
     assert len(rows) > 20
@@ -92,7 +96,7 @@ def test_a_check_of_another_name_is_refused() -> None:
         check_mixin(Addition(Forgetful), leave_out=["beams"])
 
 
-@pytest.mark.parametrize("family", in_slice(CAUSAL))
+@pytest.mark.parametrize("family", compiled(CAUSAL))
 def test_full_graph_compilation_of_cached_decoding_gives_the_same(family: str) -> None:
     torch.compiler.reset()
     model, _ = mixed(family, [ROWS["prefix-tuning"]])
