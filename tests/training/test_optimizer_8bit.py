@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swissarmy.backbone.model import Model
+from swissarmy.core.errors import CheckpointError
 from swissarmy.testing import run_distributed, tiny_model
 from swissarmy.training.optimizer import OptimizerOptions, make_optimizer, take_step
 from tests.training.tiny_runs import Diary, run
@@ -79,3 +80,9 @@ def test_sharded_it_learns_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     for loss, same in run_distributed(partial(on_a_rank, folder=tmp_path), 2):
         assert loss == pytest.approx(diary.reports[-1].loss, rel=0.02)
         assert same
+    with pytest.raises(
+        CheckpointError, match="eight bits is that of 2 ranks, each its own, and there are 1: resume on"
+    ):
+        trained(tmp_path / "whole", 8)
+    with pytest.raises(CheckpointError, match="is of another model or optimizer"):
+        trained(tmp_path / "whole", 8, optimizer="adamw")

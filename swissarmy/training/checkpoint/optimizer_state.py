@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 PREFIX: Final = "optimizer."
 PER_RANK: Final = re.compile(r"\.rank-\d{5,}(\.|$)")
 """In names of tensors that one rank alone has."""
+PART_OF_STATE: Final = re.compile(r"^optimizer\..*\.(codes|scale|qmap)$")
+"""Names of what torchao's state in eight bits is made of."""
 _FROM_CONFIG: Final = frozenset({"lr", "initial_lr", "betas", "eps", "weight_decay", "lr_scale", "momentum"})
 """Fields of a group that the config of the run decides, when it is resumed too."""
 

@@ -16,7 +16,7 @@ from swissarmy.interop.safe_write import MANIFEST, verify_manifest
 from swissarmy.interop.tensor_source import TensorFile, parse_json_object
 from swissarmy.training.checkpoint.frozen import check_frozen
 from swissarmy.training.checkpoint.metadata import read_metadata
-from swissarmy.training.checkpoint.optimizer_state import PER_RANK
+from swissarmy.training.checkpoint.optimizer_state import PART_OF_STATE, PER_RANK
 from swissarmy.training.checkpoint.random_state import (
     draw_anew,
     first_random_tensors,
@@ -54,7 +54,7 @@ def restore(
     ranks.together(partial(check_frozen, values["frozen"], frozen))
     state.make_room(metadata.state_dict_metadata.keys())
     tensors = state.tensors()
-    ranks.together(partial(_compare, folder, tensors, metadata))
+    ranks.together(partial(_compare, folder, tensors, metadata, ranks.world_size))
     ranks.together(partial(state.load_data, values, allow_data_change=allow_data_change))
 
     is_same_layout = [values["ranks"], values["readers"]] == [ranks.world_size, ranks.data_size]
@@ -97,13 +97,14 @@ def _read(folder: Path, listed: Collection[str]) -> tuple[Metadata, dict[str, An
     return metadata, values
 
 
-def _compare(folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+def _compare(folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata, world_size: int) -> None:
+    everything = metadata.state_dict_metadata.keys()
+    _check_owners(folder, tensors, everything, world_size)
     stored = {
         name: each
         for name, each in metadata.state_dict_metadata.items()
-        if isinstance(each, TensorStorageMetadata) and not PER_RANK.search(name)
+        if isinstance(each, TensorStorageMetadata) and (name in tensors or not PER_RANK.search(name))
     }
-    everything = metadata.state_dict_metadata.keys()
     problems = report("missing", [name for name in tensors if name not in everything], stored)
     problems += report("unexpected", [name for name in stored if name not in tensors], tensors)
     problems += [
@@ -115,6 +116,17 @@ def _compare(folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata) ->
         shown = problems[:12] + [f"and {len(problems) - 12} more"] * (len(problems) > 12)
         raise CheckpointError(
             "\n  - ".join([f"{folder} is of another model or optimizer; nothing was loaded:", *shown])
+        )
+
+
+def _check_owners(folder: Path, tensors: Collection[str], everything: Collection[str], world_size: int) -> None:
+    """Refuse optimizer state in eight bits that other ranks own than there are: it cannot be cut anew."""
+    ours, theirs = ({name for name in names if PART_OF_STATE.search(name)} for names in (tensors, everything))
+    owners = {found[0] for name in theirs if (found := PER_RANK.search(name))}
+    if ours and theirs and (not ours <= theirs or len(owners) not in (0, world_size)):
+        raise CheckpointError(
+            f"{folder}: its optimizer state in eight bits is that of {len(owners) or 1} ranks, each its own, and there "
+            f"are {world_size}: resume on as many, with the same shard and tensor_parallel. Nothing was loaded."
         )
 
 
