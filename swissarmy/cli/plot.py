@@ -23,7 +23,7 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 _ENDINGS: Final = (".png", ".svg", ".html")
 _SHOWN: Final[Mapping[str, str]] = {
     "lr": "learning rate",
-    "grad_norm": "length of the gradient",
+    "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
 """What the smaller axes show, below the loss."""
