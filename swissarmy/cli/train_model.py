@@ -11,8 +11,8 @@ from swissarmy.backbone.model import Model
 from swissarmy.cli.train_options import TrainOptions
 from swissarmy.core.errors import ConfigError, SwissArmyError, nearest
 from swissarmy.core.mixin import BaseMixin
+from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.load import load, open_checkpoint, overridden
-from swissarmy.interop.tensor_source import parse_json_object
 from swissarmy.models._family import build_model
 from swissarmy.training.parallel.materialize import Weights, outline_checkpoint
 from swissarmy.training.parallel.new_weights import outline
@@ -99,6 +99,6 @@ def _mixin_class(name: str, wanted: str) -> type[BaseMixin]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return parse_json_object(path.read_bytes(), str(path))
+        return read_json_object(path)
     except OSError as error:
         raise ConfigError(f"cannot read the model's configuration {path}: {error.strerror or error}.") from error

@@ -4,7 +4,6 @@ The model is built on the meta device, every name and shape is compared before a
 stream in: nothing is silently missing, unexpected, or left at a random value.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from swissarmy.core.mixin import BaseMixin
 from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.gguf import GGUFSource
 from swissarmy.interop.hub import resolve
+from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.matching import allowed, assign, report
 from swissarmy.interop.mixin_folder import add_mixins
 from swissarmy.interop.safetensors_folder import SafetensorsSource
@@ -184,7 +184,7 @@ def open_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise _no_config(folder)
-    return read_json(config_file), SafetensorsSource(folder), str(config_file)
+    return read_json_object(config_file), SafetensorsSource(folder), str(config_file)
 
 
 def _no_config(place: Path) -> CheckpointError:
@@ -196,21 +196,6 @@ def _no_config(place: Path) -> CheckpointError:
     is_old = any(Path(name).match(pattern) for name in names for pattern in _OF_THE_OLDER_SAT)
     cure = f" It looks like a checkpoint of the older SAT: bring it along with `sat migrate {place} NEW`."
     return CheckpointError(f"{place} {what}.{cure if is_old else ''}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an error that names the file and the line."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not valid UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: not valid JSON: nested too deeply") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
 
 
 def read_tensors(plan: Plan, source: TensorSource, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -22,10 +22,10 @@ import swissarmy.mixins
 from swissarmy.backbone.model import BaseModel, Model, every_mixin, iterate_models
 from swissarmy.core.errors import CheckpointError, SwissArmyError
 from swissarmy.core.mixin import BaseMixin
+from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.matching import allowed, assign, report
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.safetensors_write import LazyTensor, Saved, save_safetensors
-from swissarmy.interop.tensor_source import parse_json_object
 from swissarmy.models._family import Source
 
 FOLDER = "mixins"
@@ -162,7 +162,7 @@ def _fill(model: Model, tensors: Mapping[str, Tensor], stored: SafetensorsSource
 
 def _records(folder: Path) -> dict[str, Record]:
     file = folder / NAMES_FILE
-    values = parse_json_object(file.read_bytes(), str(file)) if file.is_file() else {}
+    values = read_json_object(file) if file.is_file() else {}
     return {name: Record.read(value, where=f"{file}: '{name}'") for name, value in values.items()}
 
 

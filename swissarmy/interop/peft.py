@@ -19,7 +19,7 @@ from swissarmy.backbone.targets import TargetedMixin
 from swissarmy.core.errors import CheckpointError, nearest
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.interop.hub import describe_folder, resolve
-from swissarmy.interop.load import read_json
+from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.peft_lora import read_lora, write_lora
 from swissarmy.interop.peft_modules import peft_modules
 from swissarmy.interop.peft_prompts import read_prefix, read_prompt, write_prefix, write_prompt
@@ -84,7 +84,7 @@ def load_adapter(model: Model, path: str | Path, *, name: str | None = None) -> 
     folder = resolve(path, (CONFIG_FILE, WEIGHTS_FILE))
     source = _open(folder)
     where = str(folder / CONFIG_FILE)
-    values = read_json(folder / CONFIG_FILE)
+    values = read_json_object(folder / CONFIG_FILE)
     method = METHODS.get(str(values.get("peft_type")))
     if method is None:
         raise CheckpointError(f"{where}: peft_type={values.get('peft_type')!r} is not supported; {_known()} are.")

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from swissarmy.core.errors import CheckpointError
-from swissarmy.interop.tensor_source import TensorFile, explained, parse_json_object
+from swissarmy.interop.json_object import parse_json_object
+from swissarmy.interop.tensor_source import TensorFile, explained
 
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]+")

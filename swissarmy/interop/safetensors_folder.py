@@ -19,7 +19,8 @@ from typing import Any, Protocol, final
 import torch
 
 from swissarmy.core.errors import CheckpointError, nearest
-from swissarmy.interop.tensor_source import TensorFile, allocate, explained, parse_json_object
+from swissarmy.interop.json_object import parse_json_object
+from swissarmy.interop.tensor_source import TensorFile, allocate, explained
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

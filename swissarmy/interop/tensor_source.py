@@ -7,7 +7,6 @@ copy of every tensor never holds the file and the copies together.
 
 import ctypes
 import functools
-import json
 import math
 import mmap
 import os
@@ -16,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 import torch
 
@@ -141,31 +140,6 @@ def allocate(dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     # peaked at twice the size.
     buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape)
-
-
-def parse_json_object(data: bytes, place: str) -> dict[str, Any]:
-    """The JSON object in `data`: UTF-8, no name twice. `place` begins the message of an error.
-
-    Raises:
-        CheckpointError: it is not that; the message is one line.
-    """
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{place} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{place} is not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        key.encode()  # a lone surrogate is not text: UnicodeEncodeError, which is a ValueError
-        if key in result:
-            raise ValueError(f"{key!r} occurs twice")
-        result[key] = value
-    return result
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The small files beside a vocabulary: `tokenizer_config.json`, `special_tokens_map.json` and their like."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from tokenizers import AddedToken
 
 from swissarmy.core.errors import TokenizerError
 from swissarmy.data.tokenizer import SPECIAL_TOKENS
+from swissarmy.interop.json_object import read_json_object
 
 _FAMILY_TOKENS: dict[str | None, dict[str, str]] = {
     None: {},
@@ -168,24 +168,7 @@ class TokenizerFolder:
         """A JSON object, or an empty one where there is no such file."""
         if self.root is None or not (self.root / name).is_file():
             return {}
-        return read_json_object(self.root / name)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        TokenizerError: it is not JSON (the message has the line), or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise TokenizerError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
-    return value
+        return read_json_object(self.root / name, TokenizerError)
 
 
 def _added_token(entry: Any) -> AddedToken | None:

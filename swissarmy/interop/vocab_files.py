@@ -7,7 +7,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from swissarmy.core.errors import TokenizerError
 from swissarmy.interop.byte_level import GPT2, QWEN2, byte_level_bpe, split_merges
-from swissarmy.interop.tokenizer_files import TokenizerFolder, read_json_object
+from swissarmy.interop.json_object import read_json_object
+from swissarmy.interop.tokenizer_files import TokenizerFolder
 
 
 def word_piece_from_file(path: Path, folder: TokenizerFolder) -> tokenizers.Tokenizer:
@@ -47,7 +48,7 @@ def byte_level_from_files(vocab_path: Path, merges_path: Path, folder: Tokenizer
     Raises:
         TokenizerError: a file is not what it should be, or the vocabulary is of another kind (CLIP, OpenAI GPT).
     """
-    vocab = read_json_object(vocab_path)
+    vocab = read_json_object(vocab_path, TokenizerError)
     for token, number in vocab.items():
         if type(number) is not int or number < 0:
             raise TokenizerError(f"{vocab_path}: the id of {token!r} is {number!r}, not a whole number")

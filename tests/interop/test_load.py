@@ -237,8 +237,8 @@ def test_a_config_without_a_model_type_lists_the_families(tmp_path: Path) -> Non
         (b"", r"config\.json:1: not valid JSON"),
         (b'{"model_type": "gpt2"', r"config\.json:1: not valid JSON"),
         (b"\xff\xfe{}", r"config\.json: not valid UTF-8 at byte 0"),
-        (b"[1, 2]", r"config\.json: holds a list, not an object"),
-        (b"null", r"config\.json: holds a NoneType, not an object"),
+        (b"[1, 2]", r"config\.json: a JSON object is expected, not a list"),
+        (b"null", r"config\.json: a JSON object is expected, not a NoneType"),
         (b"[" * 100_000, r"config\.json: not valid JSON: nested too deeply"),
     ],
 )

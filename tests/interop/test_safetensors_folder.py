@@ -142,8 +142,8 @@ _F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 _BAD = {
     "not JSON": (b"{nonsense", b"", "not valid JSON"),
     "nested without end": (b"[" * 100_000, b"", "not valid JSON"),
-    "a list": ([], b"", "not a JSON object"),
-    "a name twice": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', b"", "twice"),
+    "a list": ([], b"", "a JSON object is expected, not a list"),
+    "a name twice": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', b"", "'a' occurs 2 times"),
     "a lone surrogate": (b'{"\\ud800":1}', b"", "not valid JSON"),
     "a huge number": (b'{"a":' + b"9" * 5000 + b"}", b"", "not valid JSON"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
@@ -284,7 +284,7 @@ def test_an_index_that_does_not_match_its_shards_is_refused(tmp_path: Path) -> N
     (tmp_path / INDEX).write_text('{"weight_map": {"a": 3}}')
     _refused(tmp_path, "weight_map")
     (tmp_path / INDEX).write_bytes(b"\xff")
-    _refused(tmp_path, INDEX, "not valid JSON")
+    _refused(tmp_path, INDEX, "not valid UTF-8")
 
 
 # pytorch_model.bin

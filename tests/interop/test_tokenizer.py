@@ -254,7 +254,7 @@ def bad_tokenizer_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_json, r"tokenizer_config.json:2: not JSON"),
+        (break_json, r"tokenizer_config.json:2: not valid JSON"),
         (break_type, r"special_tokens_map.json: a JSON object is expected, not a list"),
         (break_flag, r"add_prefix_space is 'yes', not true or false"),
         (break_vocab, r"vocab.json: the id of 'a' is 'b'"),

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from swissarmy.core.errors import CheckpointError
 from swissarmy.interop.hub import describe_folder
-from swissarmy.interop.load import read_json
+from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.tensor_source import TensorFile
 
 _CONFIG_FILE = "model_config.json"
@@ -116,7 +116,7 @@ def _read_config(*folders: Path) -> tuple[Mapping[str, Any], str]:
     for folder in folders:
         file = folder / _CONFIG_FILE
         if os.path.lexists(file):
-            return read_json(_inside(folder, file)), str(file)
+            return read_json_object(_inside(folder, file)), str(file)
     return {}, f"{folders[0]}, without {_CONFIG_FILE}"
 
 

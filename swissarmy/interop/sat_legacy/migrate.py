@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from swissarmy.core.errors import CheckpointError
+from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.mixin_folder import FOLDER as MIXINS_FOLDER
 from swissarmy.interop.safe_write import verify_manifest, write_folder
 from swissarmy.interop.safetensors_write import save_safetensors
 from swissarmy.interop.sat_legacy.families import LAYOUTS
 from swissarmy.interop.sat_legacy.part import Part, count, lazily
 from swissarmy.interop.sat_legacy.plan import LegacyCheckpoint, Options, open_legacy
-from swissarmy.interop.tensor_source import explained, parse_json_object
+from swissarmy.interop.tensor_source import explained
 
 RECORD: Final = "migration.json"
 REST_FOLDER: Final = "rest"
@@ -133,7 +134,7 @@ def _is_done(folder: Path, record: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     with explained(file):
-        written = parse_json_object(file.read_bytes(), str(file))
+        written = read_json_object(file)
     if written != record:
         return False
     verify_manifest(folder)

@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from swissarmy.core.errors import CheckpointError
+from swissarmy.interop.json_object import parse_json_object
 from swissarmy.interop.safetensors_folder import DTYPES
-from swissarmy.interop.tensor_source import TensorFile, parse_json_object
+from swissarmy.interop.tensor_source import TensorFile
 
 FILE: Final = "metadata.json"
 _FORMAT: Final = 1

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from swissarmy.core.errors import CheckpointError
+from swissarmy.interop.json_object import parse_json_object
 from swissarmy.interop.matching import report
 from swissarmy.interop.safe_write import MANIFEST, verify_manifest
-from swissarmy.interop.tensor_source import TensorFile, parse_json_object
+from swissarmy.interop.tensor_source import TensorFile
 from swissarmy.training.checkpoint.frozen import check_frozen
 from swissarmy.training.checkpoint.metadata import read_metadata
 from swissarmy.training.checkpoint.optimizer_state import PART_OF_STATE, PER_RANK
