@@ -555,8 +555,7 @@ def test_a_mixin_that_raises_while_a_layer_is_recomputed_signs_the_exception_too
 
 # torch itself looks at .grad where it resumes after a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
+@pytest.mark.parametrize(("backend", "way"), [("eager", "torch.compile"), ("aot_eager", "model.compile")])
 def test_a_mixin_that_raises_in_a_compiled_region_signs_the_exception_and_the_next_call_works(
     backend: str, way: str
 ) -> None:

@@ -20,6 +20,7 @@ USER_CASES = [
 QUICK = [Plan({"shard": 2}), Plan({"tensor_parallel": 2}), Plan({"context_parallel": 2})]
 TWO = [
     Plan({"data": 2}),
+    Plan({"shard": 2}),
     Plan({"shard": 2}, checkpointing="full", accumulation=2),
     Plan({"tensor_parallel": 2, "sequence_parallel": True}, checkpointing="selective"),
     Plan({"tensor_parallel": 2, "shard_vocabulary": False}, accumulation=2),
@@ -42,7 +43,11 @@ def problems(processes: int, plans: list[Plan], cases: list[Case]) -> list[str]:
 
 
 def test_two_processes_compute_what_one_computes() -> None:
-    assert problems(2, QUICK, [*FAMILY_CASES, *USER_CASES]) == []
+    assert problems(2, QUICK, FAMILY_CASES) == []
+
+
+def test_mixins_of_a_user_and_losses_without_logits_compute_the_same_on_two_processes() -> None:
+    assert problems(2, [Plan({"tensor_parallel": 2})], USER_CASES) == []
 
 
 @pytest.mark.distributed
