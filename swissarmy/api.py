@@ -58,8 +58,8 @@ from swissarmy.generation.perplexity import Perplexity, evaluate_perplexity
 from swissarmy.generation.speculative import GuessingStrategy, PromptLookupStrategy, SpeculativeStrategy
 from swissarmy.generation.strategies import GreedyStrategy, SamplingStrategy, Strategy, TokenStrategy
 from swissarmy.generation.text import Generation, generate, generate_with_logprobs, stream
+from swissarmy.interop.adapter import load_adapter
 from swissarmy.interop.load import AutoModel, load
-from swissarmy.interop.peft import load_adapter
 from swissarmy.interop.tokenizer import load_tokenizer
 from swissarmy.mixins.adapter import AdapterConfig, AdapterMixin
 from swissarmy.mixins.adapter_fusion import AdapterFusionMixin, fuse_adapters

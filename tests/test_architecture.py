@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "training": {"core", "nn", "backbone", "mixins", "models", "data", "generation", "interop"},
 }
 """What each folder may import beside itself; `cli`, `testing` and the package itself may import all."""
-UPWARD = {("backbone/model.py", "swissarmy.interop.save"), ("backbone/model.py", "swissarmy.interop.peft")}
+UPWARD = {("backbone/model.py", "swissarmy.interop.save"), ("backbone/model.py", "swissarmy.interop.adapter")}
 """The one way up, at call time: `model.save_pretrained` and `model.save_adapter`."""
 
 FROZEN = """

@@ -127,21 +127,25 @@ class Model(nn.Module, ABC):
 
         save_pretrained(self.saved, Path(folder))
 
-    def save_adapter(self, folder: str | Path, name: str | None = None) -> None:
-        """Write a mixin of this model as PEFT does; `sat.load_adapter` and `peft` read it.
+    def save_adapter(
+        self, folder: str | Path, name: str | None = None, *, layout: Literal["peft", "mixins"] | None = None
+    ) -> None:
+        """Write a mixin of this model without the model; `sat.load_adapter` reads it.
 
-        LoRA, IA3, VeRA, BitFit (PEFT's BEFT), prefix-tuning, prompt tuning and P-tuning.
+        LoRA, IA3, VeRA, BitFit (PEFT's BEFT), prefix-tuning, prompt tuning and P-tuning are written as `peft` does, and
+        it reads them; any other mixin as `save_pretrained` does, in a folder `mixins/`.
 
         Args:
             folder: A new folder.
-            name: The mixin; may be left out where there is one only that PEFT has.
+            name: The mixin; may be left out where there is only one.
+            layout: One of the two for a mixin that could have both.
 
         Raises:
             CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
         """
-        from swissarmy.interop.peft import save_adapter  # upward, as in save_pretrained
+        from swissarmy.interop.adapter import save_adapter  # upward, as in save_pretrained
 
-        save_adapter(self, Path(folder), name=name)
+        save_adapter(self, Path(folder), name=name, layout=layout)
 
 
 class BaseModel(Model):

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from swissarmy.cli import output
 from swissarmy.cli.command import CheckpointPath, Options, UsageError
@@ -26,6 +28,8 @@ class ModelOptions(Options):
     """The precision of the weights; as stored when left out (float32 for GGUF)."""
     quantize: Quantize | None = None
     """Hold the weights in so many bits: less memory, and faster on a CPU, for a loss that grows from fp16 to int4."""
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """An adapter to add: a folder of PEFT or of `save_adapter`, the `final/` of a run, or a name on the hub."""
     device: Device = "cpu"
     """Where the model runs."""
 
@@ -70,13 +74,15 @@ def load_model(options: ModelOptions) -> "Model":
     """
     import torch
 
+    from swissarmy.interop.adapter import load_adapter
     from swissarmy.interop.load import load
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; leave it out to run on the CPU.")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with output.console(stderr=True).status(f"loading {options.path}"):
-        return load(options.path, dtype=dtype, device=options.device, quantize=options.quantize)
+        model = load(options.path, dtype=dtype, device=options.device, quantize=options.quantize)
+        return model if options.adapter is None else load_adapter(model, options.adapter)
 
 
 def read_text(path: Path, flag: str) -> bytes:

@@ -1,4 +1,4 @@
-"""`sat merge`: a LoRA adapter of PEFT into the weights of its base model, for those who want one checkpoint."""
+"""`sat merge`: an adapter into the weights of its base model, for those who want one checkpoint."""
 
 import shutil
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class MergeOptions(Options):
     base: Annotated[CheckpointPath, tyro.conf.arg(metavar="BASE")]
     """The model: a Hugging Face folder, a .gguf file, or the name of a model on the hub."""
     adapter: Annotated[CheckpointPath, tyro.conf.arg(metavar="ADAPTER")]
-    """The adapter: a folder with adapter_config.json, or its name on the hub."""
+    """The adapter: a folder of PEFT or of `save_adapter`, the `final/` of a run, or its name on the hub."""
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """The folder to write; it must not be there yet."""
     dtype: Dtype | None = None
@@ -35,16 +35,19 @@ def run(options: MergeOptions) -> int:
     import torch
 
     from swissarmy.backbone.merging import merge_mixin
+    from swissarmy.backbone.model import every_mixin
+    from swissarmy.interop.adapter import load_adapter
     from swissarmy.interop.load import load
-    from swissarmy.interop.peft import load_adapter
     from swissarmy.interop.safe_write import write_folder
     from swissarmy.interop.save import save_pretrained
 
     with output.console(stderr=True).status(f"merging {options.adapter} into {options.base}"):
         dtype = stored_dtype(options.base) if options.dtype is None else getattr(torch, options.dtype)
         model = load(options.base, dtype=torch.promote_types(dtype, torch.float32))
+        before = {name for name, _ in every_mixin(model)}
         load_adapter(model, options.adapter, name="merged-adapter")
-        merge_mixin(model, "merged-adapter")
+        for name in dict.fromkeys(name.rpartition(".")[2] for name, _ in every_mixin(model) if name not in before):
+            merge_mixin(model, name)
         with write_folder(options.output, manifest=False) as folder:
             save_pretrained(model.to(dtype), folder)
             copy_companions(options.base, folder)
@@ -73,7 +76,7 @@ def copy_companions(base: str, folder: Path) -> None:
 
 
 COMMAND = Command(
-    summary="put a LoRA adapter (PEFT) into the weights of its base model",
+    summary="put an adapter into the weights of its base model",
     examples=("sat merge openai-community/gpt2 adapter -o merged",),
     options=MergeOptions,
     run=run,

@@ -69,6 +69,10 @@ class BaseMixin(nn.Module):
         """
         return None
 
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return ", ".join(f"{name}={value!r}" for name, value in (self.saved_options or {}).items())
+
     @classmethod
     def for_model(cls, model: MixinHost, **options: Any) -> Any:
         """The mixin with its sizes filled in from a model; for a model of parts, one for each that it suits.

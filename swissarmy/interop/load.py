@@ -20,7 +20,7 @@ from swissarmy.interop.gguf import GGUFSource
 from swissarmy.interop.hub import resolve
 from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.matching import allowed, assign, report
-from swissarmy.interop.mixin_folder import add_mixins
+from swissarmy.interop.mixin_folder import StoredMixins, add_mixins
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.mixins.reduced_weights import check_kind, reduce_weights
@@ -70,7 +70,8 @@ def load(
     stored_dtype = next((p.dtype for p in model.parameters() if p.device.type != "meta"), torch.float32)
     for name in plan.missing:
         _start_anew(model, name, torch.device(device), dtype or stored_dtype)
-    add_mixins(model, mixins or {}, Path(where).parent, allow_missing)
+    stored_mixins = StoredMixins.open(Path(where).parent)
+    add_mixins(model, mixins or {}, stored_mixins, without=model.source.own_names, allow_missing=allow_missing)
     if kind is not None:
         reduce_weights(model, kind)
     return model.eval()

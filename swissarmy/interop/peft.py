@@ -18,7 +18,7 @@ from swissarmy.backbone.projections import plain_models, projections_of
 from swissarmy.backbone.targets import TargetedMixin
 from swissarmy.core.errors import CheckpointError, nearest
 from swissarmy.core.mixin import BaseMixin
-from swissarmy.interop.hub import describe_folder, resolve
+from swissarmy.interop.hub import describe_folder
 from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.peft_lora import read_lora, write_lora
 from swissarmy.interop.peft_modules import peft_modules
@@ -64,24 +64,14 @@ METHODS: Mapping[str, Method] = {
 """By `peft_type`. Of P-tuning PEFT keeps what the encoder made, which is read as a plain prompt."""
 
 
-def load_adapter(model: Model, path: str | Path, *, name: str | None = None) -> Model:
-    """Add an adapter that PEFT (or `save_adapter`) wrote, as the mixin of its method.
-
-    Args:
-        model: A model of the family that the adapter was trained on.
-        path: The adapter's folder, or its name on the hub.
-        name: The mixin's name; other adapters under other names add to it. `lora`, `ia3`, `vera`, `bitfit`,
-            `prefix-tuning` or `prompt-tuning` when `None`.
-
-    Returns:
-        The model.
+def load_peft(model: Model, folder: Path, *, name: str | None = None) -> None:
+    """Add an adapter of PEFT as the mixin of its method, under its own name or another.
 
     Raises:
         CheckpointError: No such adapter, a method that is not ours, or a tensor that has no place or is missing;
             nothing was added.
         ConfigError: A field of its configuration is not what it must be.
     """
-    folder = resolve(path, (CONFIG_FILE, WEIGHTS_FILE))
     source = _open(folder)
     where = str(folder / CONFIG_FILE)
     values = read_json_object(folder / CONFIG_FILE)
@@ -90,16 +80,10 @@ def load_adapter(model: Model, path: str | Path, *, name: str | None = None) -> 
         raise CheckpointError(f"{where}: peft_type={values.get('peft_type')!r} is not supported; {_known()} are.")
     mixins = method.read(model, values, source, where)
     model.add_mixin(method.name if name is None else name, mixins if model.parts else mixins[""])
-    return model
 
 
-def save_adapter(model: Model, folder: str | Path, *, name: str | None = None) -> None:
+def save_peft(model: Model, folder: str | Path, *, name: str | None = None) -> None:
     """Write a mixin of a model as PEFT does, to a new folder.
-
-    Args:
-        model: A model of a family, so that PEFT's names are known.
-        folder: Where to.
-        name: The mixin; may be left out where there is one only that PEFT has.
 
     Raises:
         CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
@@ -131,25 +115,27 @@ def _open(folder: Path) -> SafetensorsSource:
     return SafetensorsSource(folder / WEIGHTS_FILE)
 
 
-def _chosen(model: Model, name: str | None) -> dict[str, BaseMixin]:
-    """The mixin in each part that has it, by the part's name."""
+def names_of(model: Model, name: str | None = None) -> list[str]:
+    """The mixins whose method PEFT has, or the one of this name if it is one of them."""
     kinds = tuple(method.kind for method in METHODS.values())
     found = {
-        (part_name, key): mixin
-        for part_name, part in plain_models(model).items()
-        for key in part.mixins
-        if isinstance(mixin := part.get_mixin(key), kinds)
+        key for part in plain_models(model).values() for key in part.mixins if isinstance(part.get_mixin(key), kinds)
     }
-    names = sorted({key for _, key in found})
+    return sorted(found if name is None else found & {name})
+
+
+def _chosen(model: Model, name: str | None) -> dict[str, BaseMixin]:
+    """The mixin in each part that has it, by the part's name."""
+    names = names_of(model)
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
         problem = f"several mixins that PEFT has: say name={names[0]!r} or another" if names else "no mixin of these"
         if name is not None:
             problem = f"no mixin '{name}' that PEFT has.{nearest(name, names)} There are: {names}"
-        known = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds))
-        raise CheckpointError(f"the model has {problem}; for PEFT are written: {known}.")
-    return {part: mixin for (part, key), mixin in found.items() if key == name}
+        known = ", ".join(dict.fromkeys(method.kind.__name__ for method in METHODS.values()))
+        raise CheckpointError(f'the model has {problem}; for PEFT are written: {known}; any other by layout="mixins".')
+    return {key: part.get_mixin(name) for key, part in plain_models(model).items() if name in part.mixins}
 
 
 def _first(mixins: Mapping[str, BaseMixin]) -> BaseMixin:
@@ -166,5 +152,5 @@ def _check_places(mixins: Mapping[str, BaseMixin], model: Model) -> None:
             if mixin.change_at(projection) is not None and (key, projection.address) not in known:
                 raise CheckpointError(
                     f"'{projection.module}' has no module in this family's Hugging Face model, so PEFT cannot "
-                    "represent its change: save_pretrained keeps it."
+                    'represent its change: layout="mixins" keeps it, and so does save_pretrained.'
                 )

@@ -25,6 +25,11 @@ class ALiBiMixin(BaseMixin):
         super().__init__()
         self.slopes = tuple(_slopes(num_heads))
 
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {}
+
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """The model's heads."""

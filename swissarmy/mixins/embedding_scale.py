@@ -22,9 +22,10 @@ class EmbeddingScaleMixin(BaseMixin):
         super().__init__()
         self.scale = scale
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return f"scale={self.scale}"
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"scale": self.scale}
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:

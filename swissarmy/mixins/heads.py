@@ -34,6 +34,11 @@ class PooledOutput(NamedTuple):
 class NoHeadMixin(BaseMixin):
     """The hidden states themselves, `[b, s, h]`: a base model."""
 
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {}
+
     def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
         """Hand them out as they are."""
         return hidden_states
@@ -55,6 +60,11 @@ class LMHeadMixin(BaseMixin):
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """The model's width and vocabulary."""
         return cls(config.hidden_size, **{"vocab_size": config.vocab_size, **options})
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"vocab_size": self.head.out_features, "bias": self.head.bias is not None}
 
     def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
         """Logits, `[b, s, vocab]`."""
@@ -79,6 +89,7 @@ class MLMHeadMixin(BaseMixin):
     ) -> None:
         """Make the layer, the norm and the bias."""
         super().__init__()
+        self._options = {"activation": activation, "eps": eps, "tied": tied}
         self.activation = ACTIVATIONS[activation]
         self.dense = Linear(hidden_size, hidden_size)
         self.norm = make_norm("layer", hidden_size, eps)
@@ -89,6 +100,11 @@ class MLMHeadMixin(BaseMixin):
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """The model's width, vocabulary and activation."""
         return cls(config.hidden_size, config.vocab_size, **{"activation": config.activation, **options})
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return self._options
 
     def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
         """Logits, `[b, s, vocab]`."""
@@ -104,6 +120,7 @@ class PoolerMixin(BaseMixin):
     def __init__(self, hidden_size: int, *, activation: str = "tanh", output_size: int | None = None) -> None:
         """Make the layer."""
         super().__init__()
+        self._options = {"activation": activation, "output_size": output_size}
         self.activation = ACTIVATIONS[activation]
         self.dense = Linear(hidden_size, output_size or hidden_size)
 
@@ -111,6 +128,11 @@ class PoolerMixin(BaseMixin):
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """The model's width."""
         return cls(config.hidden_size, **options)
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return self._options
 
     def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> PooledOutput:
         """The hidden states `[b, s, h]`, and the pooled one `[b, h]`."""
@@ -150,6 +172,15 @@ class ClassificationHeadMixin(BaseMixin):
             padding_id: Which token is padding where the caller gives no `padding_mask`.
         """
         super().__init__()
+        self._options = {
+            "num_labels": num_labels,
+            "pooling": pooling,
+            "activation": activation,
+            "bias": bias,
+            "dropout": dropout,
+            "input_dropout": input_dropout,
+            "padding_id": padding_id,
+        }
         self.pooling, self.padding_id = pooling, padding_id
         self.dense = None if activation is None else Linear(hidden_size, hidden_size)
         self.activation = nn.Identity() if activation is None else ACTIVATIONS[activation]
@@ -162,6 +193,11 @@ class ClassificationHeadMixin(BaseMixin):
     def for_config(cls, config: TransformerConfig, *, num_labels: int = 2, **options: Any) -> Self:
         """The model's width; the last token where it is causal, else the first."""
         return cls(config.hidden_size, num_labels, **{"pooling": "last" if config.causal else "first", **options})
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return self._options
 
     def final_forward(self, hidden_states: Tensor, **kw_args: Any) -> Tensor:
         """Scores `[b, num_labels]`, or `[b, s, num_labels]` for each token."""

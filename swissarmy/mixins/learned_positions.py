@@ -40,7 +40,13 @@ class LearnedPositionsMixin(BaseMixin):
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """A row for each position up to the model's maximum length."""
-        return cls(config.max_sequence_length, config.hidden_size, **options)
+        sizes = {"num_positions": config.max_sequence_length, "hidden_size": config.hidden_size}
+        return cls(**{**sizes, **options})
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"num_positions": self.table.num_embeddings, "padding_id": self.padding_id}
 
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """`[b or 1, s]` to `[b or 1, s, h]`."""

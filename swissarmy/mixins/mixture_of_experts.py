@@ -67,7 +67,7 @@ class MixtureOfExpertsMixin(BaseMixin):
     def __init__(self, config: TransformerConfig, *, num_experts: int = 8, top_k: int = 2) -> None:
         """Make the experts of every layer."""
         super().__init__()
-        self.top_k = top_k
+        self.num_experts, self.top_k = num_experts, top_k
         self.layers = nn.ModuleList(Experts(num_experts, config) for _ in range(config.num_layers))
 
     @classmethod
@@ -92,6 +92,11 @@ class MixtureOfExpertsMixin(BaseMixin):
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """Experts of the size of the model's MLP."""
         return cls(config, **options)
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"num_experts": self.num_experts, "top_k": self.top_k}
 
     @replaceable
     def routing_forward(self, hidden_states: Tensor, **kw_args: Any) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Parameters: `projection.*` (a convolution), `first_tokens.{i}` `[h]`.
 `table` `[rows * columns, h]`.
 """
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -21,15 +22,25 @@ class PatchEmbeddingMixin(BaseMixin):
     """A vector for each patch of an image, after one or more trained ones (class, distillation)."""
 
     def __init__(
-        self, hidden_size: int, patch_size: tuple[int, int], *, channels: int = 3, num_first_tokens: int = 1
+        self, hidden_size: int, patch_size: Sequence[int], *, channels: int = 3, num_first_tokens: int = 1
     ) -> None:
         """Make the projection; `patch_size` is (height, width) in pixels."""
         super().__init__()
-        self.patch_size, self.channels = patch_size, channels
-        self.projection = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.patch_size, self.channels = (patch_size[0], patch_size[1]), channels
+        self.projection = nn.Conv2d(channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
         self.first_tokens = nn.ParameterList(torch.empty(hidden_size) for _ in range(num_first_tokens))
         for weight in (self.projection.weight, *self.first_tokens):
             nn.init.normal_(weight, std=0.02)
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {
+            "hidden_size": self.projection.out_channels,
+            "patch_size": list(self.patch_size),
+            "channels": self.channels,
+            "num_first_tokens": len(self.first_tokens),
+        }
 
     def word_embedding_forward(
         self, input_ids: Tensor | None, *, pixel_values: Tensor | None = None, **kw_args: Any
@@ -57,16 +68,25 @@ class PatchEmbeddingMixin(BaseMixin):
 class InterpolatedPositionsMixin(BaseMixin):
     """A trained vector for each cell of a grid, stretched bicubically where an image has another one."""
 
-    def __init__(self, hidden_size: int, grid: tuple[int, int], *, num_first_tokens: int = 1) -> None:
+    def __init__(self, hidden_size: int, grid: Sequence[int], *, num_first_tokens: int = 1) -> None:
         """Make the table; `grid` is (rows, columns) in patches."""
         super().__init__()
-        self.grid = grid
+        self.grid = (grid[0], grid[1])
         self.first = nn.Parameter(torch.zeros(num_first_tokens, hidden_size))
         self.table = nn.Parameter(torch.zeros(grid[0] * grid[1], hidden_size))
         for vectors in (self.first, self.table):
             nn.init.normal_(vectors, std=0.02)
             # as of any embedding; they are no `nn.Embedding` only for their shape
             vectors.no_weight_decay = True  # type: ignore[attr-defined]
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {
+            "hidden_size": self.table.shape[1],
+            "grid": list(self.grid),
+            "num_first_tokens": len(self.first),
+        }
 
     def position_embedding_forward(self, position_ids: Tensor, **kw_args: Any) -> Tensor:
         """The positions of this call's grid, `[1, first tokens + patches, h]`."""

@@ -36,7 +36,13 @@ class QKNormMixin(BaseMixin):
     def __init__(self, num_layers: int, head_dim: int, *, kind: Norm = "rms", eps: float = 1e-6) -> None:
         """Make the norms of every layer."""
         super().__init__()
+        self.kind, self.eps = kind, eps
         self.layers = nn.ModuleList(QKNorm(head_dim, kind, eps) for _ in range(num_layers))
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"kind": self.kind, "eps": self.eps}
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:

@@ -66,6 +66,8 @@ class ReducedLayer(nn.ModuleDict):
 class ReducedWeightsMixin(BaseMixin):
     """Projections, word embedding and head in fewer bits; made by `for_model` from the model's weights."""
 
+    keeps_outputs = True  # but for the rounding
+
     def __init__(self, layers: Sequence[ReducedLayer], table: ReducedTable | None, head: ReducedLinear | None) -> None:
         """Hold what is reduced; without a table and a head, these stay the model's own."""
         super().__init__()

@@ -38,9 +38,14 @@ class RelativePositionBiasMixin(BaseMixin):
         self.table = nn.Embedding(num_buckets, num_heads)
         nn.init.normal_(self.table.weight, std=0.02)
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return f"max_distance={self.max_distance}, bidirectional={self.bidirectional}"
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {
+            "num_buckets": self.num_buckets,
+            "max_distance": self.max_distance,
+            "bidirectional": self.bidirectional,
+        }
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:

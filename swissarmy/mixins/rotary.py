@@ -5,7 +5,7 @@ Hooks: `position_embedding_forward` (wraps: the angles, once a call), `attention
 Parameters: none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, final
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class RotaryMixin(BaseMixin):
         self,
         head_dim: int,
         max_positions: int,
-        parameters: Sequence[RopeParameters] = (RopeParameters(),),
+        parameters: Sequence[RopeParameters | Mapping[str, Any]] = (RopeParameters(),),
         *,
         parameters_of_layer: Sequence[int] | None = None,
         interleaved: bool = False,
@@ -34,19 +34,24 @@ class RotaryMixin(BaseMixin):
         Args:
             head_dim: The size of a head.
             max_positions: The model's maximum length.
-            parameters: One or several sets of rope parameters.
+            parameters: One or several sets of rope parameters, or of their fields.
             parameters_of_layer: For each layer, which of them it uses; the first for all when omitted.
             interleaved: Whether a pair is two neighbouring dimensions (GPT-J, GLM) or one of each half (LLaMA).
         """
         super().__init__()
-        self.frequencies = [RotaryFrequencies(each, head_dim, max_positions) for each in parameters]
+        sets = [each if isinstance(each, RopeParameters) else RopeParameters.from_dict(each) for each in parameters]
+        self.frequencies = [RotaryFrequencies(each, head_dim, max_positions) for each in sets]
         self.parameters_of_layer = parameters_of_layer
         self.interleaved = interleaved
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        parameters = [each.parameters for each in self.frequencies]
-        return f"{parameters}, {self.parameters_of_layer}, interleaved={self.interleaved}"
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {
+            "parameters": [each.parameters.to_dict() for each in self.frequencies],
+            "parameters_of_layer": None if self.parameters_of_layer is None else list(self.parameters_of_layer),
+            "interleaved": self.interleaved,
+        }
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:

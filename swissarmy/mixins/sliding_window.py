@@ -24,15 +24,16 @@ class SlidingWindowMixin(BaseMixin):
         self.window = SlidingWindow(window)
         self.layers_with_window = tuple(layers_with_window)
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return f"{self.window}, {self.layers_with_window}"
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"window": self.window.window, "layers_with_window": list(self.layers_with_window)}
 
     @classmethod
     def for_config(cls, config: TransformerConfig, *, window: int = 1024, every: int = 1, **options: Any) -> Self:
         """A window in every layer, or in all but each `every`-th (`every=6`: five with, one without)."""
         pattern = [every == 1 or (layer_id + 1) % every != 0 for layer_id in range(config.num_layers)]
-        return cls(window, pattern, **options)
+        return cls(window, **{"layers_with_window": pattern, **options})
 
     @non_conflict
     def attention_forward(self, hidden_states: Tensor, mask: Mask, *, old_impl: Hook, **kw_args: Any) -> Tensor:

@@ -21,9 +21,10 @@ class AttentionSoftcapMixin(BaseMixin):
         super().__init__()
         self.cap = cap
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return f"cap={self.cap}"
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"cap": self.cap}
 
     @non_conflict(stage="bias")
     def attention_fn(
@@ -53,9 +54,10 @@ class LogitSoftcapMixin(BaseMixin):
         super().__init__()
         self.cap = cap
 
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return f"cap={self.cap}"
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"cap": self.cap}
 
     @non_conflict
     def final_forward(self, hidden_states: Tensor, *, old_impl: Hook, **kw_args: Any) -> Tensor:

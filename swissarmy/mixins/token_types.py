@@ -24,6 +24,11 @@ class TokenTypesMixin(BaseMixin):
         self.table = nn.Embedding(num_types, hidden_size)
         nn.init.normal_(self.table.weight, std=0.02)
 
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {"num_types": self.table.num_embeddings}
+
     @classmethod
     def for_config(cls, config: TransformerConfig, *, num_types: int = 2, **options: Any) -> Self:
         """Two types, in the model's width."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 
 import swissarmy as sat
 from swissarmy.core.errors import CheckpointError
+from swissarmy.nn.rotary import RopeParameters
 from swissarmy.testing import tiny_inputs, tiny_model
-from tests.helpers import Scale
+from tests.helpers import Scale, tiny_ids
+from tests.helpers import tiny_model as plain_model
 
 RECORDS = Path("mixins") / "mixins.json"
 
@@ -154,3 +157,54 @@ def test_records_that_are_damaged_or_malicious_are_refused(
     folder = edit(saved(tmp_path), change)
     with pytest.raises(CheckpointError, match=message):
         sat.load(folder)
+
+
+@pytest.mark.parametrize(
+    "mixins",
+    [
+        {"positions": sat.LearnedPositionsMixin(9, 16, padding_id=1), "head": sat.LMHeadMixin(16, 5, bias=True)},
+        {"head": sat.MLMHeadMixin(16, 13, activation="relu", eps=0.1, tied=False)},
+        {"head": sat.PoolerMixin(16, activation="relu", output_size=3)},
+        {"head": sat.ClassificationHeadMixin(16, 3, pooling="mean", activation="tanh", bias=False, padding_id=2)},
+        {"head": sat.NoHeadMixin(), "cap": sat.AttentionSoftcapMixin(0.5), "scale": sat.EmbeddingScaleMixin(3.0)},
+        {
+            "rotary": sat.RotaryMixin(
+                8, 32, [RopeParameters(rope_theta=100.0), RopeParameters(rope_type="linear", factor=4.0)],
+                parameters_of_layer=(0, 1), interleaved=True,
+            ),
+            "window": sat.SlidingWindowMixin(2, (True, False)),
+        },
+    ],
+    ids=lambda mixins: "-".join(mixins),
+)  # fmt: skip
+def test_a_backbone_with_parts_of_the_library_is_loaded_with_nothing_given(
+    mixins: dict[str, Any], tmp_path: Path
+) -> None:
+    model = plain_model(mixins, num_attention_heads=2)
+    model.save_pretrained(tmp_path / "model")
+    loaded = sat.load(tmp_path / "model")
+    want, got = model(tiny_ids())[0], loaded(tiny_ids())[0]
+    want, got = (each if isinstance(each, torch.Tensor) else each.pooled for each in (want, got))
+    assert torch.equal(got, want)
+    assert list(loaded.mixins) == list(mixins)
+    assert str(loaded) == str(model)
+
+
+def test_a_model_of_pictures_built_by_hand_is_loaded_with_nothing_given(tmp_path: Path) -> None:
+    mixins = {
+        "patches": sat.PatchEmbeddingMixin(16, (4, 2), channels=1),
+        "positions": sat.InterpolatedPositionsMixin(16, (2, 4)),
+        "head": sat.ClassificationHeadMixin(16, 3),
+    }
+    model = plain_model(mixins, vocab_size=0)
+    model.save_pretrained(tmp_path / "model")
+    pixels = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    assert torch.equal(sat.load(tmp_path / "model")(pixel_values=pixels)[0], model(pixel_values=pixels)[0])
+
+
+def test_every_mixin_of_the_library_says_what_it_is_made_from() -> None:
+    public = [thing for name in sat.__all__ if isinstance(thing := getattr(sat, name), type)]
+    kinds = [kind for kind in public if issubclass(kind, sat.BaseMixin) and not isabstract(kind)]
+    assert len(kinds) > 30
+    silent = {kind.__name__ for kind in kinds if kind.saved_options is sat.BaseMixin.saved_options}
+    assert silent == {kind.__name__ for kind in kinds if kind.keeps_outputs} | {"BaseMixin"}

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import SwissArmyError
 from swissarmy.interop.load import Plan, check_duplicates, make_plan, open_checkpoint, overridden, read_tensors
-from swissarmy.interop.mixin_folder import add_mixins
+from swissarmy.interop.mixin_folder import StoredMixins, add_mixins
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.models._family import build_model
 from swissarmy.training.parallel.new_weights import NewWeights, named_tensors, outline
@@ -115,7 +115,9 @@ def outline_checkpoint(
     plans: list[Plan] = []
     model, new = outline(build, seed)
     check_duplicates(model, plans[0], source)
-    add_mixins(model, {}, Path(where).parent, (*allow_missing, *_names_of(new, model)))
+    new_names = _names_of(new, model)
+    stored_mixins, known = StoredMixins.open(Path(where).parent), model.source.own_names
+    add_mixins(model, {}, stored_mixins, without=known, allow_missing=(*allow_missing, *new_names))
     stored = (source.dtype(name) for name in source.names())
     model.to(dtype or next(each for each in stored if each.is_floating_point))
     return model.eval(), StoredWeights(source, plans[0], new)
