@@ -12,7 +12,7 @@ from swissarmy.cli.command import DONE, CheckpointPath, Command, Options
 from swissarmy.cli.loading import Dtype
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @final
@@ -37,12 +37,13 @@ def run(options: MergeOptions) -> int:
     from swissarmy.backbone.merging import merge_mixin
     from swissarmy.backbone.model import every_mixin
     from swissarmy.interop.adapter import load_adapter
-    from swissarmy.interop.load import load
+    from swissarmy.interop.load import load, open_checkpoint, stored_dtype
     from swissarmy.interop.safe_write import write_folder
     from swissarmy.interop.save import save_pretrained
 
     with output.console(stderr=True).status(f"merging {options.adapter} into {options.base}"):
-        dtype = stored_dtype(options.base) if options.dtype is None else getattr(torch, options.dtype)
+        _, source, _ = open_checkpoint(options.base)
+        dtype = stored_dtype(source) if options.dtype is None else getattr(torch, options.dtype)
         model = load(options.base, dtype=torch.promote_types(dtype, torch.float32))
         before = {name for name, _ in every_mixin(model)}
         load_adapter(model, options.adapter, name="merged-adapter")
@@ -53,14 +54,6 @@ def run(options: MergeOptions) -> int:
             copy_companions(options.base, folder)
     print(options.output)
     return DONE
-
-
-def stored_dtype(path: str) -> "torch.dtype":
-    """The precision of a checkpoint's weights."""
-    from swissarmy.interop.load import open_checkpoint
-
-    _, source, _ = open_checkpoint(path)
-    return next(dtype for dtype in map(source.dtype, source.names()) if dtype.is_floating_point)
 
 
 def copy_companions(base: str, folder: Path) -> None:

@@ -59,12 +59,12 @@ def _tokenizer(options: "TrainOptions") -> "Tokenizer | None":
 
 
 def _dry_run(options: "TrainOptions") -> int:
-    from swissarmy.cli.train_model import builder
+    from swissarmy.cli.train_model import planner
     from swissarmy.cli.train_plan import show
     from swissarmy.training.dry_run import dry_run
 
     config = options.with_trainable(list(options.wanted_mixins))
-    plan = dry_run(config, builder(options), options.world_size)
+    plan = dry_run(config, planner(options), options.world_size)
     if options.json:
         output.print_json(plan.to_dict(), indent=2)
     else:

@@ -12,7 +12,7 @@ from swissarmy.cli.train_options import TrainOptions
 from swissarmy.core.errors import ConfigError, SwissArmyError, nearest
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.interop.json_object import read_json_object
-from swissarmy.interop.load import load, open_checkpoint, overridden
+from swissarmy.interop.load import load, open_checkpoint, overridden, stored_dtype
 from swissarmy.models._family import build_model
 from swissarmy.training.parallel.materialize import Weights, outline_checkpoint
 from swissarmy.training.parallel.new_weights import outline
@@ -37,14 +37,16 @@ def find_model(options: TrainOptions) -> FoundModel:
     def extend(model: Model) -> None:
         add_mixins(model, options.wanted_mixins)
 
+    dtype = _dtype(options)
     if options.model is None:
-        return FoundModel(*outline(builder(options), options.seed))
-    changes: dict[str, Any] = {"allow_missing": options.allow_missing, "overrides": options.overrides}
+        model, new = outline(builder(options), options.seed)
+        return FoundModel(model.to(dtype), new)
+    changes: dict[str, Any] = {"dtype": dtype, "allow_missing": options.allow_missing, "overrides": options.overrides}
     if options.shard * options.sharing_size > 1:
         return FoundModel(*outline_checkpoint(options.model, seed=options.seed, extend=extend, **changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = load(options.model, **changes)
+        model = load(options.model, quantize=options.quantize, **changes)
         extend(model)
     return FoundModel(model, None)
 
@@ -69,6 +71,20 @@ def builder(options: TrainOptions) -> Callable[[], Model]:
     return build
 
 
+def planner(options: TrainOptions) -> Callable[[], Model]:
+    """As `builder`, in the precision that the model will be held in.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+        ConfigError: As `builder`.
+    """
+    build, dtype = builder(options), _dtype(options)
+    if dtype is None and options.model is not None:
+        _, source, _ = open_checkpoint(options.model)
+        dtype = stored_dtype(source)
+    return lambda: build().to(dtype)
+
+
 def add_mixins(model: Model, wanted: Mapping[str, Mapping[str, Any]]) -> None:
     """Add mixins of the library by the names of their classes.
 
@@ -82,6 +98,10 @@ def add_mixins(model: Model, wanted: Mapping[str, Mapping[str, Any]]) -> None:
             model.add_mixin(name, kind.for_model(model, **options))
         except (SwissArmyError, TypeError) as error:
             raise ConfigError(f"mixins.{name} ({kind.__name__}): {error}") from error
+
+
+def _dtype(options: TrainOptions) -> torch.dtype | None:
+    return None if options.dtype is None else getattr(torch, options.dtype)
 
 
 def _mixin_class(name: str, wanted: str) -> type[BaseMixin]:

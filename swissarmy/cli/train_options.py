@@ -9,6 +9,7 @@ import tyro
 import yaml
 
 from swissarmy.cli.command import OF_THE_COMMAND_LINE, Options
+from swissarmy.cli.loading import Dtype, Quantize
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.config import NO_DATA
 from swissarmy.data.objectives.options import Objective
@@ -30,6 +31,10 @@ class ModelChoice(Options):
     """Fields of the model's configuration to change, as FIELD=VALUE: `num_labels=3`."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of parameters that the checkpoint lacks and that start anew: `mixins.head.*`."""
+    dtype: Dtype | None = None
+    """The precision of the weights; as stored when left out (float32 for GGUF, and for new ones)."""
+    quantize: Quantize | None = None
+    """Hold the weights in so many bits, under mixins that train (QLoRA); each process has them whole."""
     tokenizer: str | None = None
     """A checkpoint or a folder with a tokenizer; the model's own when left out."""
     objective: Objective = "causal_lm"
@@ -56,6 +61,10 @@ class ModelChoice(Options):
                 yield f"{name}={value} must be at least 1."
         if self.lora_alpha is not None and self.lora_rank is None:
             yield "lora_alpha has no meaning without lora_rank."
+        if self.quantize is not None and self.model is None:
+            yield "quantize reduces the weights of a checkpoint: give model."
+        if self.quantize is not None and not (self.mixins or self.mixin or self.lora_rank or self.prefix_len):
+            yield f"quantize='{self.quantize}' leaves weights that cannot train: add a mixin, such as lora_rank=8."
         yield from self._wrong_texts()
 
     @property
@@ -103,6 +112,10 @@ class TrainOptions(TrainConfig, ModelChoice):
         yield from ModelChoice.problems(self)
         if self.world_size < 1:
             yield f"world_size={self.world_size} must be at least 1."
+        if self.quantize is not None and self.shard * self.sharing_size > 1:
+            yield "quantize and processes that share the weights exclude each other: leave shard and the others at 1."
+        if self.quantize is not None and self.dry_run:
+            yield "quantize is not counted by a dry run: leave it out."
 
     def with_trainable(self, added: Sequence[str]) -> Self:
         """The same, with the mixins that were added as what trains, unless it says what does."""

@@ -20,6 +20,7 @@ from swissarmy.interop.gguf import GGUFSource
 from swissarmy.interop.hub import resolve
 from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.matching import allowed, assign, report
+from swissarmy.interop.mixin_folder import FOLDER as MIXINS_FOLDER
 from swissarmy.interop.mixin_folder import StoredMixins, add_mixins
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.tensor_source import TensorSource
@@ -188,15 +189,23 @@ def open_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple
     return read_json_object(config_file), SafetensorsSource(folder), str(config_file)
 
 
+def stored_dtype(source: TensorSource) -> torch.dtype:
+    """The precision of a checkpoint's weights: of the first that has one."""
+    return next(dtype for dtype in map(source.dtype, source.names()) if dtype.is_floating_point)
+
+
 def _no_config(place: Path) -> CheckpointError:
-    """The error for a file, or a folder without `config.json`; what the older SAT wrote has a command of its own."""
+    """The error for a file, or a folder without `config.json`; adapters and what the older SAT wrote get a hint."""
     names = [place.name] if place.is_file() else sorted(item.name for item in place.iterdir())
     what = f"has no config.json; it holds: {', '.join(names) or 'nothing'}"
     if place.is_file():
         what = "is a file; a checkpoint is a folder with a config.json, or a .gguf file"
-    is_old = any(Path(name).match(pattern) for name in names for pattern in _OF_THE_OLDER_SAT)
-    cure = f" It looks like a checkpoint of the older SAT: bring it along with `sat migrate {place} NEW`."
-    return CheckpointError(f"{place} {what}.{cure if is_old else ''}")
+    cure = ""
+    if any(Path(name).match(pattern) for name in names for pattern in _OF_THE_OLDER_SAT):
+        cure = f" It looks like a checkpoint of the older SAT: bring it along with `sat migrate {place} NEW`."
+    elif {"adapter_config.json", MIXINS_FOLDER} & set(names):
+        cure = " It looks like an adapter: load its base, and add it with sat.load_adapter, or as --adapter."
+    return CheckpointError(f"{place} {what}.{cure}")
 
 
 def read_tensors(plan: Plan, source: TensorSource, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

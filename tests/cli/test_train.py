@@ -199,3 +199,69 @@ def test_a_dry_run_needs_no_data(sat: Any, tmp_path: Path, tiny: Path) -> None:
     code, _, err = sat("train", *flags)
     assert code != 0
     assert "there is no data" in err
+
+
+def test_adapters_train_over_weights_of_few_bits_and_go_onto_any(
+    sat: Any, flags: list[object], tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, _, err = sat(*flags, "--quantize", "int8", "--dtype", "bfloat16", "--lora-rank", 2)
+    assert code == 0, err
+    assert "holds mixins alone" in caplog.text
+    final = tmp_path / "run" / "final"
+    assert not (final / "config.json").exists()
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["quantize"], written["dtype"]) == ("int8", "bfloat16")
+
+    prompt = ("--prompt", "once", "--max-new-tokens", 4, "--json")
+    code, out, err = sat("generate", tiny, *prompt, "--quantize", "int8", "--adapter", final)
+    assert code == 0, err
+    model = swissarmy.load_adapter(swissarmy.load(tiny, quantize="int8"), final)
+    (want,) = swissarmy.generate(model, swissarmy.load_tokenizer(tiny), ["once"], max_new_tokens=4)
+    assert json.loads(out)["text"] == want
+
+    code, _, err = sat("generate", final, *prompt)
+    assert code == 1
+    assert "It looks like an adapter: load its base, and add it with sat.load_adapter, or as --adapter." in err
+    code, _, err = sat("merge", tiny, final, "-o", tmp_path / "merged")
+    assert code == 0, err
+    assert {name.partition("attention.")[2] for name in changed(tiny, tmp_path / "merged")} == {
+        "query.weight",
+        "value.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "quantize='int4' leaves weights that cannot train: add a mixin, such as lora_rank=8"),
+        (("--lora-rank", 2, "--shard", 2), "quantize and processes that share the weights exclude each other"),
+        (("--lora-rank", 2, "--dry-run"), "quantize is not counted by a dry run"),
+        (("--mixin", "lora", "--shard", 1), "mixin 'lora' is not as in"),
+    ],
+)
+def test_what_reduced_weights_cannot_do_is_said_before_the_run(
+    sat: Any, flags: list[object], more: tuple[object, ...], message: str
+) -> None:
+    code, _, err = sat(*flags, "--quantize", "int4", *more)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_weights_are_held_in_the_precision_that_is_asked_for(
+    sat: Any, flags: list[object], tiny: Path, tmp_path: Path, text: Path
+) -> None:
+    assert sat(*flags, "--dtype", "bfloat16")[0] == 0
+    assert swissarmy.load(tmp_path / "run" / "final").dtype == torch.bfloat16
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", **TINY_CONFIGS["gpt2"], "vocab_size": 270}))
+    new = ("train", "--model-config", config, "--tokenizer", tiny, "--train-data", text, "--train-iters", 1)
+    assert sat(*new, "--batch-size", 4, "--output", tmp_path / "new", "--dtype", "float16")[0] == 0
+    assert swissarmy.load(tmp_path / "new" / "final").dtype == torch.float16
+
+    def parameters(*more: object) -> int:
+        code, out, err = sat(*flags, "--dry-run", "--json", *more)
+        assert code == 0, err
+        count: int = json.loads(out)["memory"]["parameters"]
+        return count
+
+    assert parameters() == 2 * parameters("--dtype", "bfloat16") == parameters("--dtype", "float32")

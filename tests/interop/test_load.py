@@ -566,12 +566,12 @@ class Double(sat.BaseMixin):
 
 def test_a_mixin_without_parameters_leaves_a_trace_and_loading_without_it_is_refused(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    model.add_mixin("double", Double())
+    model.add_mixin("twice", Double())
     model.add_mixin("record", sat.HiddenStatesMixin())
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(sat.CheckpointError, match=r"saved with 'mixins.double' \(Double\)"):
+    with pytest.raises(sat.CheckpointError, match=r"saved with 'mixins.twice' \(Double\)"):
         sat.load(tmp_path / "saved")
-    restored = sat.load(tmp_path / "saved", mixins={"double": Double()})
+    restored = sat.load(tmp_path / "saved", mixins={"twice": Double()})
     inputs = tiny_inputs(model)
     assert torch.equal(restored(**inputs)[0], model(**inputs)[0])
-    sat.load(tmp_path / "saved", allow_missing=["mixins.double"])
+    sat.load(tmp_path / "saved", allow_missing=["mixins.twice"])

@@ -16,7 +16,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import SwissArmyError
-from swissarmy.interop.load import Plan, check_duplicates, make_plan, open_checkpoint, overridden, read_tensors
+from swissarmy.interop.load import (
+    Plan,
+    check_duplicates,
+    make_plan,
+    open_checkpoint,
+    overridden,
+    read_tensors,
+    stored_dtype,
+)
 from swissarmy.interop.mixin_folder import StoredMixins, add_mixins
 from swissarmy.interop.tensor_source import TensorSource
 from swissarmy.models._family import build_model
@@ -118,8 +126,7 @@ def outline_checkpoint(
     new_names = _names_of(new, model)
     stored_mixins, known = StoredMixins.open(Path(where).parent), model.source.own_names
     add_mixins(model, {}, stored_mixins, without=known, allow_missing=(*allow_missing, *new_names))
-    stored = (source.dtype(name) for name in source.names())
-    model.to(dtype or next(each for each in stored if each.is_floating_point))
+    model.to(dtype or stored_dtype(source))
     return model.eval(), StoredWeights(source, plans[0], new)
 
 

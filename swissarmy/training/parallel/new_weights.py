@@ -131,10 +131,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and write it down."""
         result = func(*args, **(kwargs or {}))
-        results = tuple(_tensors(result))
+        results = tuple(map(_stand_in, _tensors(result)))
         for storage in {_storage(tensor) for tensor in results}:
             self._writers.setdefault(storage, []).append(len(self._operations))
-        self._operations.append(Operation(func, args, kwargs or {}, results))
+        arguments, options = tree_map(_stand_in, (args, kwargs or {}))
+        self._operations.append(Operation(func, arguments, options, results))
         return result
 
     def recipe(self, tensor: Tensor) -> Recipe:
@@ -146,12 +147,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
             for index in self._writers.get(storage, ()):
                 needed.add(index)
                 open_storages.extend({_storage(each) for each in self._operations[index].meta_arguments} - seen)
-        stand_in = tensor.detach()  # a parameter is given other memory when the model changes its precision
-        return Recipe(tuple(self._operations[index] for index in sorted(needed)), stand_in)
+        return Recipe(tuple(self._operations[index] for index in sorted(needed)), _stand_in(tensor))
 
 
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _stand_in(value: Any) -> Any:
+    """The same memory under another name: a parameter is given other memory when the model changes its precision."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _storage(tensor: Tensor) -> int:

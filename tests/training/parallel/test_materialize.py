@@ -111,6 +111,14 @@ def test_a_checkpoint_is_read_as_load_reads_it(family: str, tmp_path: Path) -> N
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in loaded.named_parameters()]
 
 
+def test_new_weights_in_another_precision_are_the_same_but_for_the_rounding() -> None:
+    (whole, weights), (half, same) = (outline(lambda: build("gpt2"), 3) for _ in range(2))
+    materialize(whole, weights)
+    materialize(half.to(torch.bfloat16), same)
+    for name, parameter in half.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name).bfloat16()), name
+
+
 def test_mixins_that_start_anew_need_no_stored_values_and_others_do(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "saved")
 
