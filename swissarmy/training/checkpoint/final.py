@@ -48,8 +48,8 @@ def _error_of(model: Model, folder: Path, tokenizer: Tokenizer | None, gathering
         with write_folder(folder, overwrite=True) as target:
             if any(parameter.is_meta for parameter in model.parameters()):
                 _LOG.warning(
-                    "%s holds mixins alone, as the weights below them were reduced: sat.load_adapter or --adapter puts them "
-                    "onto a model",
+                    "%s holds mixins alone, for the weights below them were reduced: sat.load_adapter, or --adapter, "
+                    "puts them onto a model",
                     folder,
                 )
                 write_mixins(model, model.source, target, gathering.whole)
