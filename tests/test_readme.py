@@ -9,12 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import swissarmy as sat
 from swissarmy.cli.arguments import parse
 from swissarmy.cli.command import Command
 from swissarmy.cli.main import find_command, main
+from swissarmy.interop.peft import METHODS
+from swissarmy.models._family import build_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,10 +62,10 @@ def test_shell_blocks_run(tmp_path: Path, gemma_gguf: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    sat = Path(sys.executable).parent / "sat"
+    program = Path(sys.executable).parent / "sat"
     for command in commands:
         result = subprocess.run(
-            f"{sat} {command.removeprefix('sat ')}",
+            f"{program} {command.removeprefix('sat ')}",
             shell=True,
             cwd=tmp_path,
             capture_output=True,
@@ -79,9 +84,9 @@ def run_command(line: str) -> None:
 
 def parse_command(line: str) -> None:
     """Check the options of `sat ...` alone: what it does takes a real model and its time."""
-    sat, name, *arguments = shlex.split(line)
+    program, name, *arguments = shlex.split(line)
     command = find_command(name)
-    assert sat == "sat"
+    assert program == "sat"
     assert isinstance(command, Command)
     parse(name, command, arguments)
 
@@ -92,6 +97,7 @@ def parse_command(line: str) -> None:
     [
         ("data.md", run_command),
         ("generation.md", parse_command),
+        ("fine_tuning.md", parse_command),
         ("training.md", parse_command),
         ("write_a_mixin.md", parse_command),
     ],
@@ -120,3 +126,17 @@ def test_a_page_runs_from_top_to_bottom(
             for line in block.splitlines():
                 treat(line)
         printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_the_methods_of_the_fine_tuning_page_are_what_it_says() -> None:
+    page = (ROOT / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\d,]+) \| (yes)? ?\| (?:`(\w+)`)? ?\|$", page, flags=re.MULTILINE)
+    assert len(rows) == 13
+    peft = {method.kind.__name__: name for name, method in METHODS.items()}
+    for name, trained, merges, exchanged in rows:
+        kind: type[Any] = getattr(sat, name)
+        with torch.device("meta"):
+            mixin = kind.for_model(build_model({"model_type": "gpt2"}))
+        assert sum(parameter.numel() for parameter in mixin.parameters()) == int(trained.replace(",", "")), name
+        assert issubclass(kind, sat.MergeableMixin) == bool(merges), name
+        assert peft.get(name, "") == exchanged
