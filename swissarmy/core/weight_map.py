@@ -120,6 +120,9 @@ class WeightMap:
     """Their tensors that some checkpoints leave out, and the one that is read in their place."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Ends of names in old checkpoints, and what they are called now."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Templates of modules whose weights are stored under another name than the one they have in a running model of
+    theirs, and that one: what adapters are saved by."""
 
     def entries(self, our_names: Iterable[str]) -> list[Entry]:
         """Which of their tensors hold our parameters.
@@ -145,6 +148,14 @@ class WeightMap:
             return name.removeprefix(self.prefix)
         with_prefix = self.prefix + name
         return with_prefix if with_prefix in wanted or self.is_ignored(with_prefix) else name
+
+    def module(self, stored: str) -> str:
+        """What a running model of theirs calls the module whose weights are stored under this name."""
+        for template, running in self.modules.items():
+            match = _pattern(template).fullmatch(stored)
+            if match is not None:
+                return _fill(running, match.groupdict())
+        return stored
 
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint may hold this tensor without the model needing it."""

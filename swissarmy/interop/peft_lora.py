@@ -58,12 +58,11 @@ def read_lora(model: Model, values: Mapping[str, Any], source: SafetensorsSource
     """
     config = PeftLoRAConfig.read(values, where=where)
     modules = peft_modules(model)
-    tensors = read_modules(model, modules, source, _layout(config))
     ours: dict[str, dict[str, Change]] = {}
-    for path, own in tensors.items():
-        change = Change(own["A"], own["B"], own.get("magnitude"), config.rank_and_alpha(path)[1])
-        module = modules[path]
-        for place, rows in zip(module.places, module.rows, strict=True):
+    for found in read_modules(model, modules, source, _layout(config)):
+        own = found.tensors
+        change = Change(own["A"], own["B"], own.get("magnitude"), config.rank_and_alpha(found.path)[1])
+        for place, rows in zip(found.module.places, found.module.rows, strict=True):
             magnitude = None if change.magnitude is None else change.magnitude[rows]
             part = Change(change.a, change.b[rows], magnitude, change.alpha)
             ours.setdefault(place.part, {})[place.projection.address] = part
@@ -85,8 +84,8 @@ def write_lora(model: Model, mixins: Mapping[str, LoRAMixin]) -> tuple[dict[str,
 
 
 def _layout(config: PeftLoRAConfig) -> Layout:
-    def shapes(module: PeftModule) -> dict[str, tuple[int, ...]]:
-        r, _ = config.rank_and_alpha(module.path)
+    def shapes(module: PeftModule, path: str) -> dict[str, tuple[int, ...]]:
+        r, _ = config.rank_and_alpha(path)
         return {"A": (r, module.in_features), "B": (module.out_features, r), "magnitude": (module.out_features,)}
 
     kinds = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}

@@ -91,13 +91,15 @@ def peft_modules(model: Model) -> dict[str, PeftModule]:
             f"{type(model).__name__} is of no family, and PEFT's names are those of a family's modules."
         )
     places = {name: place for name, place in _places(model) if name in model.source.own_names}
-    return {
-        entry.theirs.removesuffix(".weight"): PeftModule(
-            entry.theirs.removesuffix(".weight"), entry, tuple(places[name] for name in entry.ours)
+    weight_map = weight_map_of(model)
+    modules = (
+        PeftModule(
+            weight_map.module(entry.theirs.removesuffix(".weight")), entry, tuple(places[name] for name in entry.ours)
         )
-        for entry in weight_map_of(model).entries(places)
+        for entry in weight_map.entries(places)
         if set(entry.ours) <= set(places)
-    }
+    )
+    return {module.path: module for module in modules}
 
 
 def weight_map_of(model: Model) -> WeightMap:
@@ -107,10 +109,14 @@ def weight_map_of(model: Model) -> WeightMap:
 
 
 def find_module(path: str, model: Model, modules: Mapping[str, PeftModule]) -> PeftModule | None:
-    """The module of that name, as a checkpoint of the same family may spell it."""
-    entries = {module.entry.theirs: module.entry for module in modules.values()}
-    name = weight_map_of(model).canonical(f"{path}.weight", entries)
-    return modules.get(name.removesuffix(".weight"))
+    """The module of that name, as a model or a checkpoint of the same family may spell it."""
+    running = {f"{module.path}.weight": module for module in modules.values()}
+    stored = {module.entry.theirs: module for module in modules.values()}
+    for table in (running, stored):
+        name = weight_map_of(model).canonical(f"{path}.weight", {key: each.entry for key, each in table.items()})
+        if name in table:
+            return table[name]
+    return None
 
 
 def compact(addresses: Collection[str], projections: Sequence[Projection]) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ class Layout:
     """How the names of its tensors end, and what these are."""
     wanted: frozenset[str]
     """What must be there for each module."""
-    shapes: Callable[[PeftModule], Mapping[str, tuple[int, ...]]]
-    """The shapes of what belongs to a module."""
+    shapes: Callable[[PeftModule, str], Mapping[str, tuple[int, ...]]]
+    """The shapes of what belongs to a module, which the adapter calls so."""
     targets: Callable[[str], bool]
     """Whether the configuration says that a module is changed."""
     surplus: str = "which the configuration does not speak of"
@@ -36,15 +36,28 @@ class Layout:
     """Names of tensors that belong to no module."""
 
 
+@final
+@dataclass(frozen=True)
+class FoundModule:
+    """What an adapter has for one of PEFT's modules."""
+
+    module: PeftModule
+    path: str
+    """What the adapter calls it: its patterns mean this name, with the prefix of the model that it was made for."""
+    tensors: Mapping[str, Tensor]
+    """By what they are."""
+
+
 def read_modules(
     model: Model, modules: Mapping[str, PeftModule], source: SafetensorsSource, layout: Layout
-) -> dict[str, dict[str, Tensor]]:
-    """What the adapter has for each of PEFT's modules, by what it is.
+) -> list[FoundModule]:
+    """What the adapter has for PEFT's modules.
 
     Raises:
         CheckpointError: With a line for each tensor that has no place, is missing, or does not fit.
     """
     stored, problems = _sorted_names(model, modules, source, layout)
+    spelt = {path: _path_of(next(iter(names.values())), layout) for path, names in stored.items()}
     lacking = [
         f"{BASE}{path}.{_end_of(kind, layout)}"
         for path in modules
@@ -55,21 +68,31 @@ def read_modules(
     problems += report("missing", lacking, source.names())
     for path, names in stored.items():
         if set(names) == layout.wanted:
-            problems += _shape_problems(names, layout.shapes(modules[path]), source)
+            problems += _shape_problems(names, layout.shapes(modules[path], spelt[path]), source)
         elif surplus := set(names) - layout.wanted:
             problems.append(f"unexpected: {names[min(surplus)]}, {layout.surplus}")
     if not stored and not problems:
         problems = ["it holds no tensors"]
     raise_for(problems, model, source)
-    return {
-        path: {kind: source.read(name) for kind, name in stored[path].items()} for path in modules if path in stored
-    }
+    return [
+        FoundModule(modules[path], spelt[path], {kind: source.read(name) for kind, name in stored[path].items()})
+        for path in modules
+        if path in stored
+    ]
 
 
 def raise_for(problems: list[str], model: Model, source: SafetensorsSource) -> None:
     """Report all problems of an adapter, if there are any."""
     if problems:
         raise CheckpointError("\n  - ".join([f"{source.path.parent} does not fit {type(model).__name__}:", *problems]))
+
+
+def _end(name: str, layout: Layout) -> str | None:
+    return next((end for end in layout.ends if name.endswith(f".{end}")), None)
+
+
+def _path_of(name: str, layout: Layout) -> str:
+    return name.removeprefix(BASE).removesuffix(f".{_end(name, layout)}")
 
 
 def _end_of(kind: str, layout: Layout) -> str:
@@ -85,8 +108,8 @@ def _sorted_names(
     for name in source.names():
         if name in layout.shared:
             continue
-        end = next((end for end in layout.ends if name.endswith(f".{end}")), None)
-        path = name.removeprefix(BASE).removesuffix(f".{end}")
+        end = _end(name, layout)
+        path = _path_of(name, layout)
         module = find_module(path, model, modules) if end is not None and name.startswith(BASE) else None
         if module is None or end is None:
             strangers.append(name)

@@ -37,19 +37,17 @@ def read_ia3(model: Model, values: Mapping[str, Any], source: SafetensorsSource,
     config = PeftIA3Config.read(values, where=where)
     modules = peft_modules(model)
 
-    def shapes(module: PeftModule) -> dict[str, tuple[int, ...]]:
-        of_input = config.stretches_input(module.path)
+    def shapes(module: PeftModule, path: str) -> dict[str, tuple[int, ...]]:
+        of_input = config.stretches_input(path)
         return {"scale": (1, module.in_features) if of_input else (module.out_features, 1)}
 
-    stored = read_modules(
-        model, modules, source, Layout({"ia3_l": "scale"}, frozenset({"scale"}), shapes, config.targets)
-    )
+    layout = Layout({"ia3_l": "scale"}, frozenset({"scale"}), shapes, config.targets)
     vectors: Vectors = {}
     inputs: dict[str, set[str]] = {}
-    for path, tensors in stored.items():
-        for place, rows in zip(modules[path].places, modules[path].rows, strict=True):
-            scale = tensors["scale"].flatten()
-            of_input = config.stretches_input(path)
+    for found in read_modules(model, modules, source, layout):
+        for place, rows in zip(found.module.places, found.module.rows, strict=True):
+            scale = found.tensors["scale"].flatten()
+            of_input = config.stretches_input(found.path)
             vectors.setdefault(place.part, {})[place.projection.address] = {"scale": scale if of_input else scale[rows]}
             if of_input:
                 inputs.setdefault(place.part, set()).add(place.projection.address)
@@ -87,12 +85,12 @@ def read_bias(model: Model, values: Mapping[str, Any], source: SafetensorsSource
     config = PeftTargetsConfig.read(values, where=where)
     modules = peft_modules(model)
     layout = Layout(
-        {"beft_bias": "bias"}, frozenset({"bias"}), lambda module: {"bias": (1, module.out_features)}, config.targets
+        {"beft_bias": "bias"}, frozenset({"bias"}), lambda module, _: {"bias": (1, module.out_features)}, config.targets
     )
     vectors: Vectors = {}
-    for path, tensors in read_modules(model, modules, source, layout).items():
-        for place, rows in zip(modules[path].places, modules[path].rows, strict=True):
-            bias = tensors["bias"].flatten()[rows]
+    for found in read_modules(model, modules, source, layout):
+        for place, rows in zip(found.module.places, found.module.rows, strict=True):
+            bias = found.tensors["bias"].flatten()[rows]
             vectors.setdefault(place.part, {})[place.projection.address] = {"bias": bias}
     mixins = {}
     for part, own in vectors.items():
@@ -122,19 +120,19 @@ def read_vera(model: Model, values: Mapping[str, Any], source: SafetensorsSource
     layout = Layout(
         {"vera_lambda_b": "b", "vera_lambda_d": "d"},
         frozenset({"b", "d"}),
-        lambda module: {"b": (module.out_features,), "d": (config.r,)},
+        lambda module, _: {"b": (module.out_features,), "d": (config.r,)},
         config.targets,
         shared=VERA_SHARED,
     )
     stored = read_modules(model, modules, source, layout)
-    a, b = _matrices(model, [modules[path] for path in stored], config, source)
+    a, b = _matrices(model, [found.module for found in stored], config, source)
     vectors: Vectors = {}
     first_rows: dict[str, dict[str, int]] = {}
-    for path, tensors in stored.items():
-        for place, rows in zip(modules[path].places, modules[path].rows, strict=True):
+    for found in stored:
+        for place, rows in zip(found.module.places, found.module.rows, strict=True):
             address = place.projection.address
-            vectors.setdefault(place.part, {})[address] = {"d": tensors["d"], "b": tensors["b"][rows]}
-            if start := _first_row(rows, path):
+            vectors.setdefault(place.part, {})[address] = {"d": found.tensors["d"], "b": found.tensors["b"][rows]}
+            if start := _first_row(rows, found.module.path):
                 first_rows.setdefault(place.part, {})[address] = start
     mixins = {}
     for part, own in vectors.items():

@@ -122,6 +122,17 @@ def weights(config: VisionConfig) -> WeightMap:
     classifier = "cls_classifier" if config.architecture.endswith("WithTeacher") else "classifier"
     return WeightMap(
         prefix=prefix,
+        modules={
+            f"{theirs}.{stored}": f"{base}layers.{{i}}.{running}"
+            for stored, running in {
+                "attention.attention.query": "attention.q_proj",
+                "attention.attention.key": "attention.k_proj",
+                "attention.attention.value": "attention.v_proj",
+                "attention.output.dense": "attention.o_proj",
+                "intermediate.dense": "mlp.fc1",
+                "output.dense": "mlp.fc2",
+            }.items()
+        },
         rules=(
             *(
                 reshaped(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from tests.interop.peft_cases import FAMILIES
+from tests.interop.peft_cases import FAMILIES, PICTURES
 
 
 @pytest.fixture(scope="package")
@@ -21,7 +21,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             architecture, sizes, *_ = FAMILIES[family]
             torch.manual_seed(0)
             cls = getattr(transformers, architecture)
-            cls(cls.config_class(vocab_size=61, **sizes)).double().save_pretrained(folders[family])
+            words = {} if family in PICTURES else {"vocab_size": 61}
+            cls(cls.config_class(**words, **sizes)).double().save_pretrained(folders[family])
         return folders[family]
 
     return base

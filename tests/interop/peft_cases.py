@@ -39,8 +39,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str], tuple[str, ...]]] = {
         ["q", "v", "wi_0"],
         ("cross_attention.*", "value"),
     ),
+    **{
+        family: (
+            architecture,
+            {
+                "hidden_size": 24,
+                "intermediate_size": 40,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 8,
+                "patch_size": 4,
+                "num_labels": 5,
+            },
+            ["q_proj", "attention.o_proj", "mlp.fc1"],
+            ("value", "mlp.*"),
+        )
+        for family, architecture in (("vit", "ViTForImageClassification"), ("deit", "DeiTForImageClassification"))
+    },
 }
 """Architecture, sizes, what PEFT is to target, and what we are."""
+PICTURES = ("vit", "deit")
 
 
 def theirs(folder: Path, family: str) -> Any:
@@ -48,6 +66,10 @@ def theirs(folder: Path, family: str) -> Any:
 
 
 def logits(model: Any, family: str) -> Tensor:
+    if family in PICTURES:
+        pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8, dtype=torch.float64).view(2, 3, 8, 8)
+        seen = model(pixel_values=pixels)
+        return (seen[0] if isinstance(seen, tuple) else seen.logits).detach()
     ids = torch.arange(14).view(2, 7) * 4 + 3
     decoder = {"decoder_input_ids": ids.flip(1)} if family == "t5" else {}
     result = model(input_ids=ids, **decoder)

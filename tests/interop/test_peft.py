@@ -142,13 +142,22 @@ def test_the_joined_projection_of_gpt2_becomes_three_and_one_again(bases: Any, t
     assert not b[24:48, :3].any()
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"alpha_pattern": {"^encoder.layer.0.attention.self.query": 64}},
+        {"rank_pattern": {"^encoder.layer.1.attention.self.query": 1}},
+    ],
+    ids=str,
+)
 def test_an_adapter_of_the_base_model_fits_the_model_with_a_head_and_the_other_way_round(
-    bases: Any, tmp_path: Path
+    patterns: dict[str, Any], bases: Any, tmp_path: Path
 ) -> None:
     base = bases("bert")
     bare = transformers.BertModel.from_pretrained(base, dtype=torch.float64, add_pooling_layer=False)
     bare.save_pretrained(tmp_path / "bare")
-    options = peft.LoraConfig(r=2, target_modules=["query"])
+    options = peft.LoraConfig(r=2, target_modules=["query"], **patterns)
     reference = peft.get_peft_model(bare, options, autocast_adapter_dtype=False)
     for parameter in reference.parameters():
         if parameter.requires_grad:

@@ -22,16 +22,22 @@ pytestmark = [  # what PEFT and transformers say of each other's newest versions
     pytest.mark.filterwarnings("ignore:Specified to not save vera_A and vera_B"),
 ]
 TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}
-OUTPUTS = {"gpt2": ["c_attn"], "llama": ["k_proj", "v_proj"], "bert": ["key", "value"], "t5": ["k", "v"]}
+OUTPUTS = {
+    "gpt2": ["c_attn"],
+    "llama": ["k_proj", "v_proj"],
+    "bert": ["key", "value"],
+    "t5": ["k", "v"],
+    "vit": ["k_proj"],
+}
 ENCODED = {"projected prefix", "p-tuning", "p-tuning with an lstm", "prefix encoder", "lstm"}
 """What an encoder made, in float64; PEFT reads it in float32."""
-INPUTS = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"], "bert": ["output.dense"], "t5": ["wo"]}
+INPUTS = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"], "bert": ["output.dense"], "t5": ["wo"], "vit": ["fc2"]}
 
 
 def config_of(method: str, family: str) -> peft.PeftConfig:
     modules = {"target_modules": OUTPUTS[family] + INPUTS[family]}
     transposed = {"fan_in_fan_out": family == "gpt2"}
-    prompt = {"num_virtual_tokens": 3, "task_type": TASKS[family]}
+    prompt = {"num_virtual_tokens": 3, "task_type": TASKS.get(family)}
     match method:
         case "ia3":
             return peft.IA3Config(feedforward_modules=INPUTS[family], **modules, **transposed)
@@ -90,8 +96,8 @@ def their_logits(model: Any, family: str) -> Tensor:
 PAIRS = [
     (method, family)
     for method, families in {
-        "ia3": TASKS,
-        "vera": TASKS,
+        "ia3": (*TASKS, "vit"),
+        "vera": (*TASKS, "vit"),
         "vera from a key": ("gpt2", "bert"),
         "beft": ("llama", "bert", "t5"),
         "prefix": ("gpt2", "llama"),
