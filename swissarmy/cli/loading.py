@@ -29,7 +29,7 @@ class ModelOptions(Options):
     quantize: Quantize | None = None
     """Hold the weights in so many bits: less memory, and faster on a CPU, for a loss that grows from fp16 to int4."""
     adapter: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """An adapter to add: a folder of PEFT or of `save_adapter`, the `final/` of a run, or a name on the hub."""
+    """An adapter to add: a folder of PEFT or of `save_adapter`, or of a run with `quantize`, or a name on the hub."""
     device: Device = "cpu"
     """Where the model runs."""
 

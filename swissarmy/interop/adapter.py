@@ -17,7 +17,7 @@ from swissarmy.interop.mixin_folder import StoredMixins, add_mixins, added_mixin
 from swissarmy.interop.safe_write import write_folder
 
 Layout = Literal["peft", "mixins"]
-_PATTERNS = (peft.CONFIG_FILE, peft.WEIGHTS_FILE, f"{mixin_folder.FOLDER}/*")
+_PATTERNS = ("config.json", peft.CONFIG_FILE, peft.WEIGHTS_FILE, f"{mixin_folder.FOLDER}/*")
 
 
 def load_adapter(
@@ -43,6 +43,10 @@ def load_adapter(
         HookConflictError: The name is taken.
     """
     folder = resolve(path, _PATTERNS)
+    if (folder / "config.json").is_file() and not (folder / peft.CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is a whole model, of which more than mixins may have been trained: load it with sat.load."
+        )
     if (folder / mixin_folder.FOLDER / mixin_folder.NAMES_FILE).is_file():
         stored = StoredMixins.open(folder)
         _add(model, stored if name is None else stored.renamed(name), mixins or {})

@@ -24,6 +24,7 @@ from swissarmy.interop.peft_lora import read_lora, write_lora
 from swissarmy.interop.peft_modules import peft_modules
 from swissarmy.interop.peft_prompts import read_prefix, read_prompt, write_prefix, write_prompt
 from swissarmy.interop.peft_vectors import read_bias, read_ia3, read_vera, write_bias, write_ia3, write_vera
+from swissarmy.interop.peft_whole import put_whole, read_whole
 from swissarmy.interop.safe_write import write_folder
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.safetensors_write import save_safetensors
@@ -78,8 +79,10 @@ def load_peft(model: Model, folder: Path, *, name: str | None = None) -> None:
     method = METHODS.get(str(values.get("peft_type")))
     if method is None:
         raise CheckpointError(f"{where}: peft_type={values.get('peft_type')!r} is not supported; {_known()} are.")
+    whole, source = read_whole(model, values, source, where)
     mixins = method.read(model, values, source, where)
     model.add_mixin(method.name if name is None else name, mixins if model.parts else mixins[""])
+    put_whole(model, whole)
 
 
 def save_peft(model: Model, folder: str | Path, *, name: str | None = None) -> None:
@@ -106,7 +109,11 @@ def _known() -> str:
 def _open(folder: Path) -> SafetensorsSource:
     if not folder.is_dir() or not (folder / CONFIG_FILE).is_file():
         holds = describe_folder(folder) if folder.is_dir() else f"{folder} is a file"
-        raise CheckpointError(f"{folder} is no adapter of PEFT: it needs {CONFIG_FILE} and {WEIGHTS_FILE}; {holds}.")
+        named = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}"))
+        cure = f" An adapter that has a name of its own lies in {named[0]}." if named else ""
+        raise CheckpointError(
+            f"{folder} is no adapter of PEFT: it needs {CONFIG_FILE} and {WEIGHTS_FILE}; {holds}.{cure}"
+        )
     if not (folder / WEIGHTS_FILE).is_file() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
             f"{folder / 'adapter_model.bin'} is a pickle, and adapters are read from safetensors only: let PEFT load "

@@ -14,6 +14,7 @@ PASSED_OVER = frozenset(
     megatron_core qalora_group_size runtime_config loftq_config eva_config corda_config lora_ga_config
     init_ia3_weights init_weights encoder_hidden_size prefix_projection prompt_tuning_init prompt_tuning_init_text
     tokenizer_name_or_path tokenizer_kwargs encoder_reparameterization_type encoder_num_layers encoder_dropout
+    modules_to_save
     """.split()
 )
 """Fields that are read elsewhere, or that say nothing about what the tensors do."""
@@ -37,8 +38,6 @@ class PeftConfig(Config):
         """
         known = {own.name for own in fields(cls)}
         strange = {key: value for key, value in values.items() if key not in known | PASSED_OVER and value}
-        if values.get("bias", "none") != "none":
-            strange["bias"] = values["bias"]
         if strange:
             shown = ", ".join(f"{key}={value!r}" for key, value in strange.items())
             raise CheckpointError(f"{where}: {shown}: not supported, and it would change what the model computes.")
@@ -58,11 +57,13 @@ class PeftTargetsConfig(PeftConfig):
     def problems(self) -> Iterator[str]:
         """Patterns that are none."""
         whole = (self.target_modules, self.exclude_modules)
-        for pattern in (each for each in whole if isinstance(each, str)):
+        for pattern in (each for each in whole if isinstance(each, str) and not _repeats(each)):
             yield from _pattern_problems(pattern)
 
     def targets(self, path: str) -> bool:
-        """Whether PEFT puts an adapter at this module, one inside a layer."""
+        """Whether PEFT puts an adapter at this module, one inside a layer; no, where the tensors alone can tell."""
+        if any(isinstance(each, str) and _repeats(each) for each in (self.target_modules, self.exclude_modules)):
+            return False
         if self.exclude_modules is not None and _named(path, self.exclude_modules):
             return False
         if self.target_modules == "all-linear":
@@ -185,10 +186,15 @@ def _as_tuple(value: Sequence[str] | str | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _repeats(pattern: str) -> bool:
+    """Whether a regular expression could take for ever."""
+    nested = re.search(r"\)[*+{]", pattern) is not None
+    return len(pattern) > MAX_PATTERN or nested or len(re.findall(r"[*+{]", pattern)) > MAX_REPEATS
+
+
 def _pattern_problems(pattern: str) -> Iterator[str]:
-    """A regular expression of a file that is none, or that could take for ever."""
-    nested = re.search(r"\)[*+{]", pattern)
-    if len(pattern) > MAX_PATTERN or nested or len(re.findall(r"[*+{]", pattern)) > MAX_REPEATS:
+    """A regular expression of a file that is none, or that is not tried."""
+    if _repeats(pattern):
         yield f"{pattern[:80]!r} repeats too much to be tried: list the modules by name instead"
         return
     try:

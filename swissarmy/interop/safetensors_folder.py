@@ -5,12 +5,13 @@ the file has. Files that an index names must lie in the folder itself; a symboli
 snapshot of the Hub's cache (`<repo>/snapshots/<revision>`) into the blobs of that same cache (`<repo>/blobs`).
 """
 
+import copy
 import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -94,6 +95,12 @@ class SafetensorsSource:
     def where(self, name: str) -> str:
         """The name of the file that holds the tensor."""
         return self._shard(name).path.name
+
+    def without(self, names: Collection[str]) -> "SafetensorsSource":
+        """The same but for some tensors."""
+        rest = copy.copy(self)
+        rest._shards = {name: shard for name, shard in self._shards.items() if name not in names}
+        return rest
 
     def _shard(self, name: str) -> "_Shard":
         if name not in self._shards:

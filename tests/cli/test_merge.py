@@ -59,6 +59,26 @@ def test_the_precision_of_the_base_is_kept_and_the_sum_is_made_in_float32(
         assert torch.equal(merged.get_parameter(name), parameter.bfloat16())
 
 
+def test_a_model_that_was_saved_with_an_adapter_is_merged_in_place(
+    sat: Any, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    model: Any = sat_library.load_adapter(sat_library.load(tiny), adapter)
+    model.add_mixin("compacter", sat_library.CompacterMixin.for_model(model))
+    with torch.no_grad():
+        model.transformer.word_embeddings.weight.mul_(1.5)  # as a run that trains more than mixins does
+    model.save_pretrained(tmp_path / "final")
+    code, _, err = sat("merge", tmp_path / "final", "-o", tmp_path / "merged")
+    assert (code, err) == (0, "")
+    merged = sat_library.load(tmp_path / "merged")
+    assert list(merged.mixins)[-1] == "compacter"
+    assert "lora" not in merged.mixins
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(merged(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-4)
+    code, _, err = sat("merge", tiny, tmp_path / "final", "-o", tmp_path / "again")
+    assert code == 1
+    assert "load it with sat.load" in err
+
+
 def test_what_cannot_be_merged_is_said_and_nothing_is_written(
     sat: Any, tiny: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -67,7 +87,10 @@ def test_what_cannot_be_merged_is_said_and_nothing_is_written(
     assert "Did you mean 'adapter'?" in err
     code, _, err = sat("merge", tiny, tiny, "-o", tmp_path / "merged")
     assert code == 1
-    assert "is no adapter of PEFT: it needs adapter_config.json" in err
+    assert "is a whole model, of which more than mixins may have been trained" in err
+    code, _, err = sat("merge", tiny, "-o", tmp_path / "merged")
+    assert code == 1
+    assert "was saved with no mixin that can be merged: name an adapter" in err
     assert not (tmp_path / "merged").exists()
     code, _, err = sat("merge", tiny, adapter, "-o", tiny)
     assert code == 1

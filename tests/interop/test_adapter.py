@@ -45,6 +45,14 @@ def with_lora(seed: int = 5, **options: Any) -> Any:
     return model
 
 
+def mixins_alone(model: Any, folder: Path) -> Path:
+    """As a run over reduced weights leaves them."""
+    model.save_pretrained(folder)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    return folder
+
+
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 @pytest.mark.parametrize("row", [row for row, each in ROWS.items() if not each.kind.keeps_outputs])
 def test_any_mixin_of_the_library_comes_back_on_the_same_weights(family: str, row: str, tmp_path: Path) -> None:
@@ -89,10 +97,10 @@ def test_two_of_one_name_are_put_side_by_side_under_other_names(tmp_path: Path) 
 
 def test_several_in_one_folder_are_added_together(tmp_path: Path) -> None:
     model = with_lora()
-    model.add_mixin("scale", Scale(2.0)).save_pretrained(tmp_path / "both")
-    again = sat.load_adapter(tiny_model("gpt2"), tmp_path / "both", mixins={"scale": Scale(1.0)})
+    both = mixins_alone(model.add_mixin("scale", Scale(2.0)), tmp_path / "both")
+    again = sat.load_adapter(tiny_model("gpt2"), both, mixins={"scale": Scale(1.0)})
     assert torch.equal(logits(again), logits(model))
-    named = sat.load_adapter(tiny_model("gpt2"), tmp_path / "both", name="my", mixins={"my-scale": Scale(1.0)})
+    named = sat.load_adapter(tiny_model("gpt2"), both, name="my", mixins={"my-scale": Scale(1.0)})
     assert {"my-lora", "my-scale"} <= {*named.mixins}
     assert torch.equal(logits(named), logits(model))
 
@@ -127,14 +135,17 @@ def test_mixins_of_a_user_are_given_and_filled(tmp_path: Path) -> None:
 def test_what_does_not_fit_adds_nothing(tmp_path: Path) -> None:
     model = tiny_model("gpt2").add_mixin("scale", Scale(2.0))
     model.add_mixin("lora", sat.LoRAMixin.for_model(model, r=2))
-    model.save_pretrained(tmp_path / "both")
+    both = mixins_alone(model, tmp_path / "both")
     target = tiny_model("gpt2")
     before = list(target.mixins)
     with pytest.raises(CheckpointError, match=r"'mixins\.scale' \(Scale\), and has none of that name"):
-        sat.load_adapter(target, tmp_path / "both")
+        sat.load_adapter(target, both)
     other = tiny_model("gpt2", n_embd=64)
     with pytest.raises(CheckpointError, match="have"):
-        sat.load_adapter(other, tmp_path / "both", mixins={"scale": Scale(1.0)})
+        sat.load_adapter(other, both, mixins={"scale": Scale(1.0)})
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"is a whole model.*: load it with sat.load"):
+        sat.load_adapter(target, tmp_path / "whole", mixins={"scale": Scale(1.0)})
     assert list(target.mixins) == list(other.mixins) == before
 
 

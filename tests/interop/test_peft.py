@@ -176,6 +176,38 @@ def test_an_adapter_of_the_base_model_fits_the_model_with_a_head_and_the_other_w
     close(hidden, expected.detach())
 
 
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a head": ("GPT2ForSequenceClassification", {"task_type": "SEQ_CLS"}),
+    "a head of BERT": ("BertForSequenceClassification", {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
+    "biases": ("GPT2LMHeadModel", {"bias": "all"}),
+    "biases of the modules": ("GPT2LMHeadModel", {"bias": "lora_only"}),
+    "positions and norm": ("GPT2LMHeadModel", {"modules_to_save": ["wpe", "ln_f"]}),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_whole_modules_that_trained_beside_an_adapter_come_along(case: str, tmp_path: Path) -> None:
+    architecture, options = WHOLE[case]
+    sizes = FAMILIES["bert" if "Bert" in architecture else "gpt2"][1]
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    base = cls(cls.config_class(vocab_size=61, num_labels=3, pad_token_id=0, **sizes)).double().eval()
+    base.save_pretrained(tmp_path / "base")
+    transposed = "GPT2" in architecture
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": transposed, **options})
+    reference = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    for parameter in reference.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.5)
+    reference.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(14).view(2, 7) * 4 + 3
+    expected = reference.eval()(ids).logits.detach()
+    ours: Any = sat.load_adapter(sat.load(tmp_path / "base"), tmp_path / "adapter")
+    close(ours(ids)[0].detach(), expected)
+    ours.del_mixin("lora")
+    assert (ours(ids)[0] - sat.load(tmp_path / "base")(ids)[0]).abs().max() > 1e-2
+
+
 def test_several_adapters_load_side_by_side_and_are_written_by_name(bases: Any, tmp_path: Path) -> None:
     base = bases("llama")
     first = written(base, tmp_path / "first", "llama", target_modules=["q_proj"])
@@ -283,15 +315,18 @@ def test_magnitudes_and_the_configuration_must_agree(bases: Any, tmp_path: Path)
     [
         ({"peft_type": "ADALORA"}, "peft_type='ADALORA' is not supported; 'BEFT', 'IA3', 'LORA', "),
         ({"peft_type": "IA3"}, "init_lora_weights=True, lora_alpha=8, r=3: not supported"),
-        ({"bias": "lora_only"}, "bias='lora_only': not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+        ({"bias": "some"}, "bias='some' is not known; there are none, all and lora_only"),
+        ({"bias": "all"}, "missing: base_model.model.transformer.h.{0..1}.attn.c_attn.bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']: it holds none of them"),
+        ({"modules_to_save": ["wpe"]}, "missing: base_model.model.transformer.wpe.weight"),
+        ({"modules_to_save": "ln_f"}, "modules_to_save='ln_f' is no list of names of modules"),
         ({"lora_bias": True, "a_field_of_tomorrow": 1}, "lora_bias=True, a_field_of_tomorrow=1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base model's weights"),
         ({"r": 0}, "ranks are integers of at least 1"),
         ({"lora_alpha": "x"}, "lora_alpha='x'"),
         ({"alpha_pattern": {"c_attn": "x"}}, "alphas are numbers"),
         ({"target_modules": "(a"}, "'(a' is no regular expression"),
-        ({"target_modules": "(a+)+b"}, "repeats too much to be tried"),
+        ({"rank_pattern": {"(a+)+b": 2}}, "repeats too much to be tried"),
         ({"rank_pattern": {".*a.*b.*c.*": 2}}, "repeats too much to be tried"),
         ({"rank_pattern": {"c_attn": 2}}, "have [3, 24], want [2, 24]"),
     ],
@@ -388,3 +423,24 @@ def test_patterns_are_matched_as_peft_does(pattern: str) -> None:
     ours = PeftLoRAConfig.read({"peft_type": "LORA", "rank_pattern": {pattern: 5}}, where="config")
     for path in paths():
         assert (ours.rank_and_alpha(path)[0] == 5) is (get_pattern_key([pattern], path) == pattern)
+
+
+def test_a_copy_of_tied_weights_is_refused(bases: Any, tmp_path: Path) -> None:
+    adapted(bases("gpt2"), "gpt2", modules_to_save=["wte"]).save_pretrained(tmp_path / "adapter")
+    message = refused(bases, tmp_path / "adapter")
+    assert "wte.weight: PEFT trains a copy of it apart from lm_head.weight, and here the two are one" in message
+
+
+def test_where_an_adapter_with_a_name_lies_is_told(bases: Any, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    folder.rename(tmp_path / "run" / "mine")
+    message = refused(bases, tmp_path / "run")
+    assert f"An adapter that has a name of its own lies in {tmp_path / 'run' / 'mine'}." in message
+
+
+def test_an_expression_that_could_take_for_ever_is_not_tried(bases: Any, tmp_path: Path) -> None:
+    pattern = r"(?:.*?(?:h).*?(?:attn|mlp).*?(?:c_attn|c_fc).*?)|(?:.*x.*y.*)"
+    reference = adapted(bases("gpt2"), "gpt2", target_modules=pattern)
+    reference.save_pretrained(tmp_path / "adapter")
+    ours = sat.load_adapter(sat.load(bases("gpt2")), tmp_path / "adapter")
+    close(logits(ours, "gpt2"), logits(reference, "gpt2"))

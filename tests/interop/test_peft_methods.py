@@ -230,7 +230,7 @@ def test_every_tensor_must_have_its_place_and_shape(
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("ia3", {"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']: not supported"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, "missing: base_model.model.lm_head.weight"),
         ("ia3", {"feedforward_modules": []}, "down_proj.ia3_l: have [1, 40], want [24, 1]"),
         ("ia3", {"feedforward_modules": "(a+)+b"}, "repeats too much to be tried"),
         ("vera", {"r": 5}, "have [4], want [5]"),
