@@ -133,7 +133,7 @@ class Model(nn.Module, ABC):
         """Write a mixin of this model without the model; `sat.load_adapter` reads it.
 
         LoRA, IA3, VeRA, BitFit (PEFT's BEFT), prefix-tuning, prompt tuning and P-tuning are written as `peft` does, and
-        it reads them; any other mixin as `save_pretrained` does, in a folder `mixins/`.
+        it reads them; any other mixin, and what PEFT would compute otherwise, in a folder `mixins/`.
 
         Args:
             folder: A new folder.

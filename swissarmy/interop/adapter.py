@@ -4,6 +4,7 @@ PEFT's layout is what others read; a folder of mixins (`mixins/mixins.json` and 
 holds any mixin, and is what a run over reduced weights leaves in `final/`.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ from swissarmy.interop.hub import resolve
 from swissarmy.interop.mixin_folder import StoredMixins, add_mixins, added_mixins, added_tensors, write_mixins
 from swissarmy.interop.safe_write import write_folder
 
+_LOG = logging.getLogger(__name__)
 Layout = Literal["peft", "mixins"]
 _PATTERNS = ("config.json", peft.CONFIG_FILE, peft.WEIGHTS_FILE, f"{mixin_folder.FOLDER}/*")
 
@@ -64,7 +66,8 @@ def save_adapter(model: Model, folder: str | Path, *, name: str | None = None, l
         model: Any for a folder of mixins; of a family for PEFT, so that PEFT's names are known.
         folder: Where to.
         name: The mixin; may be left out where there is only one.
-        layout: `"peft"`, or `"mixins"` for what only this library reads; when `None`, PEFT's where it has the method.
+        layout: `"peft"`, or `"mixins"` for what only this library reads; when `None`, PEFT's where it has the method
+            and would compute the same, else ours, and the log says why.
 
     Raises:
         CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
@@ -74,11 +77,17 @@ def save_adapter(model: Model, folder: str | Path, *, name: str | None = None, l
         raise ConfigError(
             f"layout={layout!r} is not known.{nearest(layout, get_args(Layout))} There are: peft, mixins."
         )
-    if layout is None:
-        layout = "peft" if peft.names_of(model, name) else "mixins"
-    if layout == "peft":
-        peft.save_peft(model, folder, name=name)
-        return
+    if layout == "peft" or (layout is None and peft.names_of(model, name)):
+        name = peft.name_for_peft(model, name)
+        try:
+            content = peft.content_for_peft(model, name)
+        except CheckpointError as error:
+            if layout == "peft":
+                raise CheckpointError(f'{error} With layout="mixins" it is kept for this library.') from None
+            _LOG.warning("%s is written for this library alone: %s", folder, error)
+        else:
+            peft.write_for_peft(*content, folder)
+            return
     chosen = _chosen(model, name)
     with write_folder(folder) as target:
         write_mixins(model, model.source, target, only=chosen)

@@ -85,19 +85,28 @@ def load_peft(model: Model, folder: Path, *, name: str | None = None) -> None:
     put_whole(model, whole)
 
 
-def save_peft(model: Model, folder: str | Path, *, name: str | None = None) -> None:
-    """Write a mixin of a model as PEFT does, to a new folder.
+def content_for_peft(model: Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What PEFT's two files say of a mixin.
 
     Raises:
-        CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
+        CheckpointError: PEFT would compute something else.
     """
-    mixins = _chosen(model, name)
+    mixins = {key: part.get_mixin(name) for key, part in plain_models(model).items() if name in part.mixins}
     peft_type, method = next((key, each) for key, each in METHODS.items() if isinstance(_first(mixins), each.kind))
     _check_places(mixins, model)
     values, tensors = method.write(model, mixins)
     own = {"peft_type": peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    return {**own, **values}, tensors
+
+
+def write_for_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write both files to a new folder.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
     with write_folder(folder) as target:
-        (target / CONFIG_FILE).write_text(json.dumps({**own, **values}, indent=2) + "\n", encoding="utf-8")
+        (target / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (written,) = save_safetensors(target, tensors, max_shard_bytes=1 << 62)
         os.rename(target / written, target / WEIGHTS_FILE)
 
@@ -131,8 +140,12 @@ def names_of(model: Model, name: str | None = None) -> list[str]:
     return sorted(found if name is None else found & {name})
 
 
-def _chosen(model: Model, name: str | None) -> dict[str, BaseMixin]:
-    """The mixin in each part that has it, by the part's name."""
+def name_for_peft(model: Model, name: str | None) -> str:
+    """This name, or that of the only mixin whose method PEFT has.
+
+    Raises:
+        CheckpointError: There is none, or there are several.
+    """
     names = names_of(model)
     if name is None and len(names) == 1:
         name = names[0]
@@ -142,7 +155,7 @@ def _chosen(model: Model, name: str | None) -> dict[str, BaseMixin]:
             problem = f"no mixin '{name}' that PEFT has.{nearest(name, names)} There are: {names}"
         known = ", ".join(dict.fromkeys(method.kind.__name__ for method in METHODS.values()))
         raise CheckpointError(f'the model has {problem}; for PEFT are written: {known}; any other by layout="mixins".')
-    return {key: part.get_mixin(name) for key, part in plain_models(model).items() if name in part.mixins}
+    return name
 
 
 def _first(mixins: Mapping[str, BaseMixin]) -> BaseMixin:
@@ -159,5 +172,5 @@ def _check_places(mixins: Mapping[str, BaseMixin], model: Model) -> None:
             if mixin.change_at(projection) is not None and (key, projection.address) not in known:
                 raise CheckpointError(
                     f"'{projection.module}' has no module in this family's Hugging Face model, so PEFT cannot "
-                    'represent its change: layout="mixins" keeps it, and so does save_pretrained.'
+                    "represent its change."
                 )

@@ -4,6 +4,7 @@ PEFT keeps what is used in inference: of a reparametrised prefix the keys and va
 its encoder made. They are read as the plain methods, and written in the same form.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,15 @@ from swissarmy.core.errors import CheckpointError
 from swissarmy.interop.matching import report
 from swissarmy.interop.peft_config import PeftPromptConfig
 from swissarmy.interop.peft_tensors import raise_for, shape_problems
+from swissarmy.interop.peft_whole import whole_module
 from swissarmy.interop.safetensors_folder import SafetensorsSource
+from swissarmy.mixins.heads import ClassificationHeadMixin, PoolerMixin
 from swissarmy.mixins.p_tuning import PTuningMixin
 from swissarmy.mixins.prefix_tuning import Prefix, PrefixTuningMixin
 from swissarmy.mixins.prompt_tuning import PromptMixin, PromptTuningMixin
 
 NAME = "prompt_embeddings"
+_LOG = logging.getLogger(__name__)
 
 
 def read_prompt(
@@ -58,7 +62,7 @@ def write_prompt(model: Model, mixins: Mapping[str, PromptMixin]) -> tuple[dict[
     if not mixin.has_positions or mixin.reaches_decoder != bool(model.parts):
         raise CheckpointError(
             f"the prompt has has_positions={mixin.has_positions}, reaches_decoder={mixin.reaches_decoder}; PEFT's has "
-            f"True, {bool(model.parts)}, so that the result would be another: save_pretrained keeps it."
+            f"True, {bool(model.parts)}, so that the result would be another."
         )
     plain = mixin.fold() if isinstance(mixin, PTuningMixin) else mixin
     config = {
@@ -69,7 +73,7 @@ def write_prompt(model: Model, mixins: Mapping[str, PromptMixin]) -> tuple[dict[
     }
     if isinstance(mixin, PTuningMixin):
         config["encoder_hidden_size"] = mixin.options["encoder_size"] or part.config.hidden_size
-    return config, {NAME: plain.make_prompt().detach()}
+    return _with_head(model, config, plain.make_prompt().detach())
 
 
 def read_prefix(
@@ -107,7 +111,7 @@ def write_prefix(model: Model, mixins: Mapping[str, PrefixTuningMixin]) -> tuple
     if not mixin.shift_positions:
         raise CheckpointError(
             "the prefix has shift_positions=False, and PEFT counts positions after its prefix, so that the result "
-            "would be another: train it with shift_positions=True, or keep it with save_pretrained."
+            "would be another: train it with shift_positions=True."
         )
     plain = mixin if mixin.encoder is None else mixin.fold()
     parts = [
@@ -121,7 +125,7 @@ def write_prefix(model: Model, mixins: Mapping[str, PrefixTuningMixin]) -> tuple
         "prefix_projection": mixin.encoder is not None,
         "encoder_hidden_size": mixin.encoder_size,
     }
-    return config, {NAME: torch.stack(parts).permute(3, 0, 1, 2, 4).flatten(1).contiguous()}
+    return _with_head(model, config, torch.stack(parts).permute(3, 0, 1, 2, 4).flatten(1).contiguous())
 
 
 def _reader(model: Model) -> tuple[str, BaseModel]:
@@ -138,20 +142,44 @@ def _decoder(model: Model) -> BaseModel:
         return model
     raise CheckpointError(
         "PEFT hands a prefix to a decoder as a cache of earlier tokens; prefixes of encoders and of encoder-decoders "
-        "are not exchanged: save_pretrained and sat.load keep ours."
+        "are not exchanged."
     )
 
 
-def _task(model: Model, part: BaseModel) -> str:
-    """Which of PEFT's classes puts the prompt before the tokens."""
+def _task(model: Model) -> str:
+    """Which of PEFT's classes puts the prompt before the tokens, and computes what we do.
+
+    Raises:
+        CheckpointError: The head looks at a place that is the prompt's in PEFT's model.
+    """
+    *_, last = plain_models(model).values()
+    name = last.find_mixin(ClassificationHeadMixin)
+    head = None if name is None else last.get_mixin(name)
+    if isinstance(head, ClassificationHeadMixin):
+        if head.pooling == "last" and not model.parts:
+            return "SEQ_CLS"
+        raise CheckpointError(
+            f"{model.source.config.architecture} classifies by other states than the last one, and in PEFT's model the "
+            "prompt is among them, so that the result would be another."
+        )
+    if last.find_mixin(PoolerMixin) is not None:
+        _LOG.warning("with a prompt PEFT pools the prompt's first state, and this library the first token's")
     if model.parts:
         return "SEQ_2_SEQ_LM"
-    return "CAUSAL_LM" if part.config.causal else "FEATURE_EXTRACTION"
+    return "CAUSAL_LM" if last.config.causal else "FEATURE_EXTRACTION"
+
+
+def _with_head(model: Model, config: dict[str, Any], prompt: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Both files; PEFT takes a classifier for trained, and wants it in them."""
+    if config["task_type"] != "SEQ_CLS":
+        return config, {NAME: prompt}
+    modules, tensors = whole_module(model, "mixins.head.")
+    return {**config, "modules_to_save": modules}, {**tensors, NAME: prompt}
 
 
 def _common(model: Model, part: BaseModel) -> dict[str, Any]:
     return {
-        "task_type": _task(model, part),
+        "task_type": _task(model),
         "num_layers": part.config.num_layers,
         "num_transformer_submodules": 1,
     }
@@ -159,10 +187,10 @@ def _common(model: Model, part: BaseModel) -> dict[str, Any]:
 
 def _check_task(values: Mapping[str, Any], model: Model, where: str) -> None:
     """PEFT without a task leaves a prompt away."""
+    task = _task(model)
     if values.get("task_type") is None:
         raise CheckpointError(
-            f"{where}: task_type is missing, without which PEFT leaves the prompt away; for this model it is "
-            f"'{_task(model, _reader(model)[1])}'."
+            f"{where}: task_type is missing, without which PEFT leaves the prompt away; for this model it is '{task}'."
         )
 
 

@@ -105,7 +105,7 @@ def write_bias(model: Model, mixins: Mapping[str, BitFitMixin]) -> tuple[dict[st
     changed = _changed(model, mixins)
     conv = sorted(path for path, module in changed.items() if module.is_transposed)
     if conv:
-        raise CheckpointError(f"'{conv[0]}' is a Conv1D, and PEFT has BEFT for Linear only: save_pretrained keeps it.")
+        raise CheckpointError(f"'{conv[0]}' is a Conv1D, and PEFT has BEFT for Linear only.")
     tensors = {}
     for path, module in changed.items():
         biases = [change and change.bias.detach() for change in _changes(module, mixins)]

@@ -67,6 +67,17 @@ def put_whole(model: Model, new: Mapping[str, Tensor]) -> None:
             model.get_parameter(name).copy_(value)
 
 
+def whole_module(model: Model, prefix: str) -> tuple[list[str], dict[str, Tensor]]:
+    """What PEFT calls the modules whose parameters begin with `prefix` here, and what they are in its file."""
+    own = [name for name in model.source.own_names if name.startswith(prefix)]
+    tensors = {
+        entry.theirs: entry.rule.join([model.get_parameter(name).detach() for name in entry.ours])
+        for entry in weight_map_of(model).entries(own)
+    }
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    return modules, {f"base_model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def _is_texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 

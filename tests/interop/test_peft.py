@@ -368,11 +368,11 @@ def test_what_peft_has_no_place_for_is_not_written(tmp_path: Path) -> None:
     model.add_mixin("experts", sat.MixtureOfExpertsMixin.for_model(model, num_experts=2))
     model.add_mixin("lora", sat.LoRAMixin.for_model(model, targets=("query", "experts.*")))
     with pytest.raises(CheckpointError, match=r"'mixins.experts.layers.0.experts.0.up' has no module"):
-        model.save_adapter(tmp_path / "none")
+        model.save_adapter(tmp_path / "none", "lora", layout="peft")
     plain = sat.BaseModel(model.config)
     plain.add_mixin("lora", sat.LoRAMixin.for_model(plain))
     with pytest.raises(CheckpointError, match="BaseModel is of no family"):
-        plain.save_adapter(tmp_path / "none")
+        plain.save_adapter(tmp_path / "none", layout="peft")
     assert not (tmp_path / "none").exists()
 
 

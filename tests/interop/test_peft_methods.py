@@ -7,13 +7,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import swissarmy as sat
 from swissarmy.core.errors import CheckpointError, ConfigError
+from swissarmy.testing import tiny_model
 from tests.helpers import rewrite_json
-from tests.interop.peft_cases import CONFIG, WEIGHTS, close, logits, theirs
+from tests.interop.peft_cases import CONFIG, FAMILIES, WEIGHTS, close, logits, theirs
 
 pytestmark = [  # what PEFT and transformers say of each other's newest versions
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -272,12 +274,60 @@ def test_what_peft_would_compute_otherwise_is_not_written(
     message: str,
     bases: Any,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model: Any = sat.load(bases(family))
     model.add_mixin("own", kind.for_model(model, **options))
-    with pytest.raises(CheckpointError, match=message.replace("(", r"\(")):
-        model.save_adapter(tmp_path / "ours")
+    pattern = message.replace("(", r"\(")
+    with pytest.raises(CheckpointError, match=rf'(?s){pattern}.* With layout="mixins" it is kept for this library'):
+        model.save_adapter(tmp_path / "ours", layout="peft")
     assert not (tmp_path / "ours").exists()
+    model.save_adapter(tmp_path / "ours")
+    assert "is written for this library alone" in caplog.text
+    again = sat.load_adapter(sat.load(bases(family)), tmp_path / "ours")
+    close(logits(again, family), logits(model, family))
+
+
+@pytest.mark.parametrize("architecture", ["GPT2ForSequenceClassification", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_prompts_of_classifiers_that_look_at_the_last_token_are_exchanged(
+    architecture: str, method: Any, tmp_path: Path
+) -> None:
+    cls = getattr(transformers, architecture)
+    sizes = FAMILIES["gpt2" if "GPT2" in architecture else "llama"][1]
+    torch.manual_seed(0)
+    config = cls.config_class(vocab_size=61, num_labels=3, pad_token_id=0, **sizes)
+    cls(config).double().save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return cls.from_pretrained(tmp_path / "base", dtype=torch.float64).eval()
+
+    reference = peft.get_peft_model(
+        base(), method(num_virtual_tokens=3, task_type="SEQ_CLS"), autocast_adapter_dtype=False
+    )
+    make_random(parameter for parameter in reference.parameters() if parameter.requires_grad)
+    reference = in_float64(reference)
+    reference.save_pretrained(tmp_path / "theirs")
+    ids = torch.arange(14).view(2, 7) * 4 + 3
+    ours: Any = sat.load_adapter(sat.load(tmp_path / "base"), tmp_path / "theirs")
+    close(ours(ids)[0].detach(), reference(ids).logits.detach())
+    ours = sat.load(tmp_path / "base")
+    kind = sat.PromptTuningMixin if method is peft.PromptTuningConfig else sat.PrefixTuningMixin
+    options = {"prompt_len": 3} if method is peft.PromptTuningConfig else {"prefix_len": 3, "shift_positions": True}
+    ours.add_mixin("own", kind.for_model(ours, **options))
+    make_random(parameter for name, parameter in ours.named_parameters() if "mixins.own." in name)
+    ours.save_adapter(tmp_path / "ours", "own", layout="peft")
+    read = in_float64(peft.PeftModel.from_pretrained(base(), tmp_path / "ours", autocast_adapter_dtype=False))
+    close(read(ids).logits.detach(), ours(ids)[0].detach())
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_prompts_of_other_classifiers_would_be_others(family: str, tmp_path: Path) -> None:
+    architecture = {"bert": "BertForSequenceClassification", "t5": "T5ForSequenceClassification"}[family]
+    model: Any = tiny_model(family, architectures=[architecture], eos_token_id=1)
+    model.add_mixin("own", sat.PromptTuningMixin.for_model(model, prompt_len=3))
+    with pytest.raises(CheckpointError, match="classifies by other states than the last one"):
+        model.save_adapter(tmp_path / "ours", layout="peft")
 
 
 def test_the_name_of_the_mixin_is_that_of_the_method(bases: Any, tmp_path: Path) -> None:
