@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,12 @@ class Model(nn.Module, ABC):
         save_pretrained(self.saved, Path(folder))
 
     def save_adapter(
-        self, folder: str | Path, name: str | None = None, *, layout: Literal["peft", "mixins"] | None = None
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        layout: Literal["peft", "mixins"] | None = None,
+        modules_to_save: Sequence[str] = (),
     ) -> None:
         """Write a mixin of this model without the model; `sat.load_adapter` reads it.
 
@@ -139,13 +144,15 @@ class Model(nn.Module, ABC):
             folder: A new folder.
             name: The mixin; may be left out where there is only one.
             layout: One of the two for a mixin that could have both.
+            modules_to_save: What trained beside it and goes along, by the beginnings of parameters' names
+                (`"mixins.head"`); for `peft` only.
 
         Raises:
             CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
         """
         from swissarmy.interop.adapter import save_adapter  # upward, as in save_pretrained
 
-        save_adapter(self, Path(folder), name=name, layout=layout)
+        save_adapter(self, Path(folder), name=name, layout=layout, modules_to_save=modules_to_save)
 
 
 class BaseModel(Model):

@@ -5,7 +5,7 @@ holds any mixin, and is what a run over reduced weights leaves in `final/`.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -59,7 +59,14 @@ def load_adapter(
     return model
 
 
-def save_adapter(model: Model, folder: str | Path, *, name: str | None = None, layout: Layout | None = None) -> None:
+def save_adapter(
+    model: Model,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    layout: Layout | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> None:
     """Write a mixin of a model, without the model, to a new folder.
 
     Args:
@@ -68,10 +75,12 @@ def save_adapter(model: Model, folder: str | Path, *, name: str | None = None, l
         name: The mixin; may be left out where there is only one.
         layout: `"peft"`, or `"mixins"` for what only this library reads; when `None`, PEFT's where it has the method
             and would compute the same, else ours, and the log says why.
+        modules_to_save: Parts of the model that trained beside it and go along, by the beginnings of their parameters'
+            names (`"mixins.head"`); for PEFT only.
 
     Raises:
         CheckpointError: There is no such mixin, PEFT cannot represent it, or the folder cannot be written.
-        ConfigError: No such layout.
+        ConfigError: No such layout, or one that holds no modules.
     """
     if layout is not None and layout not in get_args(Layout):
         raise ConfigError(
@@ -80,14 +89,16 @@ def save_adapter(model: Model, folder: str | Path, *, name: str | None = None, l
     if layout == "peft" or (layout is None and peft.names_of(model, name)):
         name = peft.name_for_peft(model, name)
         try:
-            content = peft.content_for_peft(model, name)
+            content = peft.content_for_peft(model, name, modules_to_save)
         except CheckpointError as error:
-            if layout == "peft":
+            if layout == "peft" or modules_to_save:
                 raise CheckpointError(f'{error} With layout="mixins" it is kept for this library.') from None
             _LOG.warning("%s is written for this library alone: %s", folder, error)
         else:
             peft.write_for_peft(*content, folder)
             return
+    if modules_to_save:
+        raise ConfigError("modules_to_save goes with PEFT's layout alone; save_pretrained writes all that trained.")
     chosen = _chosen(model, name)
     with write_folder(folder) as target:
         write_mixins(model, model.source, target, only=chosen)

@@ -6,7 +6,7 @@ PEFT names modules as Hugging Face's models do; what one of its methods is here,
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -23,8 +23,9 @@ from swissarmy.interop.json_object import read_json_object
 from swissarmy.interop.peft_lora import read_lora, write_lora
 from swissarmy.interop.peft_modules import peft_modules
 from swissarmy.interop.peft_prompts import read_prefix, read_prompt, write_prefix, write_prompt
+from swissarmy.interop.peft_tensors import BASE
 from swissarmy.interop.peft_vectors import read_bias, read_ia3, read_vera, write_bias, write_ia3, write_vera
-from swissarmy.interop.peft_whole import put_whole, read_whole
+from swissarmy.interop.peft_whole import put_whole, read_whole, whole_modules
 from swissarmy.interop.safe_write import write_folder
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.safetensors_write import save_safetensors
@@ -85,8 +86,10 @@ def load_peft(model: Model, folder: Path, *, name: str | None = None) -> None:
     put_whole(model, whole)
 
 
-def content_for_peft(model: Model, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What PEFT's two files say of a mixin.
+def content_for_peft(
+    model: Model, name: str, modules_to_save: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What PEFT's two files say of a mixin, and of what trained beside it.
 
     Raises:
         CheckpointError: PEFT would compute something else.
@@ -96,6 +99,10 @@ def content_for_peft(model: Model, name: str) -> tuple[dict[str, Any], dict[str,
     _check_places(mixins, model)
     values, tensors = method.write(model, mixins)
     own = {"peft_type": peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    for prefix in modules_to_save:
+        modules, whole = whole_modules(model, f"{prefix}.")
+        values = {**values, "modules_to_save": [*values.get("modules_to_save", ()), *modules]}
+        tensors = {**tensors, **{f"{BASE}{theirs}": tensor for theirs, tensor in whole.items()}}
     return {**own, **values}, tensors
 
 

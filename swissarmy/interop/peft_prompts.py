@@ -17,7 +17,7 @@ from swissarmy.core.errors import CheckpointError
 from swissarmy.interop.matching import report
 from swissarmy.interop.peft_config import PeftPromptConfig
 from swissarmy.interop.peft_tensors import raise_for, shape_problems
-from swissarmy.interop.peft_whole import whole_module
+from swissarmy.interop.peft_whole import whole_modules
 from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.mixins.heads import ClassificationHeadMixin, PoolerMixin
 from swissarmy.mixins.p_tuning import PTuningMixin
@@ -173,7 +173,8 @@ def _with_head(model: Model, config: dict[str, Any], prompt: Tensor) -> tuple[di
     """Both files; PEFT takes a classifier for trained, and wants it in them."""
     if config["task_type"] != "SEQ_CLS":
         return config, {NAME: prompt}
-    modules, tensors = whole_module(model, "mixins.head.")
+    modules, whole = whole_modules(model, "mixins.head.")
+    tensors = {f"base_model.{theirs}": tensor for theirs, tensor in whole.items()}
     return {**config, "modules_to_save": modules}, {**tensors, NAME: prompt}
 
 

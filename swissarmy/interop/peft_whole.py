@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.model import Model
-from swissarmy.core.errors import CheckpointError
+from swissarmy.core.errors import CheckpointError, nearest
 from swissarmy.core.weight_map import Entry
 from swissarmy.interop.matching import report
 from swissarmy.interop.peft_modules import weight_map_of
@@ -67,15 +67,26 @@ def put_whole(model: Model, new: Mapping[str, Tensor]) -> None:
             model.get_parameter(name).copy_(value)
 
 
-def whole_module(model: Model, prefix: str) -> tuple[list[str], dict[str, Tensor]]:
-    """What PEFT calls the modules whose parameters begin with `prefix` here, and what they are in its file."""
-    own = [name for name in model.source.own_names if name.startswith(prefix)]
+def whole_modules(model: Model, prefix: str) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules whose parameters begin with `prefix` here, and these parameters, by Hugging Face's names.
+
+    Raises:
+        CheckpointError: There are none, or they are tied to others.
+    """
+    weight_map, all_names = weight_map_of(model), model.source.own_names
+    own = [name for name in all_names if name.startswith(prefix)]
+    if not own:
+        known = sorted({name.rpartition(".")[0] for name in all_names})
+        raise CheckpointError(f"'{prefix}*' is no parameter of the model's family.{nearest(prefix, known)}")
     tensors = {
         entry.theirs: entry.rule.join([model.get_parameter(name).detach() for name in entry.ours])
-        for entry in weight_map_of(model).entries(own)
+        for entry in weight_map.entries(own)
     }
+    tied = set(weight_map.duplicates.values()) & set(tensors)
+    if tied:
+        raise CheckpointError(f"'{min(tied)}' is the head as well, and PEFT would train a copy of one of the two.")
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    return modules, {f"base_model.{name}": tensor for name, tensor in tensors.items()}
+    return modules, tensors
 
 
 def _is_texts(value: object) -> bool:

@@ -204,6 +204,12 @@ def test_whole_modules_that_trained_beside_an_adapter_come_along(case: str, tmp_
     expected = reference.eval()(ids).logits.detach()
     ours: Any = sat.load_adapter(sat.load(tmp_path / "base"), tmp_path / "adapter")
     close(ours(ids)[0].detach(), expected)
+    prefixes = {"a head": ["mixins.head"], "a head of BERT": ["mixins.head"]}
+    if case in prefixes:
+        ours.save_adapter(tmp_path / "ours", modules_to_save=prefixes[case])
+        again = cls.from_pretrained(tmp_path / "base", dtype=torch.float64)
+        again = peft.PeftModel.from_pretrained(again, tmp_path / "ours", autocast_adapter_dtype=False).eval()
+        close(again(ids).logits.detach(), expected)
     ours.del_mixin("lora")
     assert (ours(ids)[0] - sat.load(tmp_path / "base")(ids)[0]).abs().max() > 1e-2
 
@@ -444,3 +450,14 @@ def test_an_expression_that_could_take_for_ever_is_not_tried(bases: Any, tmp_pat
     reference.save_pretrained(tmp_path / "adapter")
     ours = sat.load_adapter(sat.load(bases("gpt2")), tmp_path / "adapter")
     close(logits(ours, "gpt2"), logits(reference, "gpt2"))
+
+
+def test_what_cannot_go_along_is_told(bases: Any, tmp_path: Path) -> None:
+    model: Any = sat.load(bases("gpt2"))
+    model.add_mixin("lora", sat.LoRAMixin.for_model(model))
+    with pytest.raises(CheckpointError, match=r"'mixins.hed\.\*' is no parameter of the model's family"):
+        model.save_adapter(tmp_path / "none", modules_to_save=["mixins.hed"])
+    with pytest.raises(CheckpointError, match=r"'transformer.wte.weight' is the head as well"):
+        model.save_adapter(tmp_path / "none", modules_to_save=["transformer.word_embeddings"])
+    with pytest.raises(ConfigError, match="modules_to_save goes with PEFT's layout alone"):
+        model.save_adapter(tmp_path / "none", layout="mixins", modules_to_save=["transformer.final_norm"])
