@@ -149,12 +149,13 @@ class WeightMap:
         with_prefix = self.prefix + name
         return with_prefix if with_prefix in wanted or self.is_ignored(with_prefix) else name
 
-    def module(self, stored: str) -> str:
-        """What a running model of theirs calls the module whose weights are stored under this name."""
+    def running(self, stored: str) -> str:
+        """What a tensor that is stored under this name is called in a running model of theirs."""
+        module, dot, last = stored.rpartition(".")
         for template, running in self.modules.items():
-            match = _pattern(template).fullmatch(stored)
+            match = _pattern(template).fullmatch(module)
             if match is not None:
-                return _fill(running, match.groupdict())
+                return _fill(running, match.groupdict()) + dot + last
         return stored
 
     def is_ignored(self, name: str) -> bool:

@@ -94,7 +94,7 @@ def peft_modules(model: Model) -> dict[str, PeftModule]:
     weight_map = weight_map_of(model)
     modules = (
         PeftModule(
-            weight_map.module(entry.theirs.removesuffix(".weight")), entry, tuple(places[name] for name in entry.ours)
+            weight_map.running(entry.theirs).removesuffix(".weight"), entry, tuple(places[name] for name in entry.ours)
         )
         for entry in weight_map.entries(places)
         if set(entry.ours) <= set(places)

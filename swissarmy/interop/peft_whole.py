@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swissarmy.backbone.model import Model
 from swissarmy.core.errors import CheckpointError, nearest
-from swissarmy.core.weight_map import Entry
+from swissarmy.core.weight_map import Entry, WeightMap
 from swissarmy.interop.matching import report
 from swissarmy.interop.peft_modules import weight_map_of
 from swissarmy.interop.peft_tensors import BASE, raise_for, shape_problems
@@ -20,6 +20,8 @@ from swissarmy.interop.safetensors_folder import SafetensorsSource
 
 WRAPPED = ".base_layer."
 """What PEFT puts into the names of a module that it has wrapped."""
+ECHOES = (".original_module.", ".modules_to_save.")
+"""Among all biases PEFT writes those of a module to save twice more, under such names: as it was, and again."""
 
 
 def read_whole(
@@ -37,18 +39,19 @@ def read_whole(
         raise CheckpointError(f"{where}: bias={biases!r} is not known; there are none, all and lora_only.")
     if model.source is None or not (modules or biases != "none"):
         return {}, source
-    entries = {entry.theirs: entry for entry in weight_map_of(model).entries(model.source.own_names)}
+    weight_map = weight_map_of(model)
+    entries = {weight_map.running(entry.theirs): entry for entry in weight_map.entries(model.source.own_names)}
     stored = {
         entry: name
         for name in source.names()
-        if (entry := _meant(name, model, entries)) in entries
+        if (entry := _meant(name, weight_map, entries)) in entries
         and (_is_in(entry, modules) or (biases != "none" and entry.endswith(".bias")))
     }
     wanted = [name for name in entries if _is_in(name, modules) or (biases == "all" and name.endswith(".bias"))]
     problems = report("missing", [BASE + name for name in wanted if name not in stored], source.names())
     if modules and not any(_is_in(name, modules) for name in stored):
         problems.append(f"modules_to_save={[*modules]}: it holds none of them")
-    tied = {original: copy for copy, original in weight_map_of(model).duplicates.items()}
+    tied = {original: copy for copy, original in weight_map.duplicates.items()}
     for theirs, name in stored.items():
         if theirs in tied:
             problems.append(f"{name}: PEFT trains a copy of it apart from {tied[theirs]}, and here the two are one")
@@ -57,7 +60,8 @@ def read_whole(
             problems.append(f"{name}: the model's own was reduced; load it without `quantize`")
     raise_for(problems, model, source)
     new = dict(_ours(stored, entries, source))
-    return new, source.without(stored.values())
+    echoes = [name for name in source.names() if biases == "all" and any(mark in name for mark in ECHOES)]
+    return new, source.without({*stored.values(), *echoes})
 
 
 def put_whole(model: Model, new: Mapping[str, Tensor]) -> None:
@@ -79,7 +83,7 @@ def whole_modules(model: Model, prefix: str) -> tuple[list[str], dict[str, Tenso
         known = sorted({name.rpartition(".")[0] for name in all_names})
         raise CheckpointError(f"'{prefix}*' is no parameter of the model's family.{nearest(prefix, known)}")
     tensors = {
-        entry.theirs: entry.rule.join([model.get_parameter(name).detach() for name in entry.ours])
+        weight_map.running(entry.theirs): entry.rule.join([model.get_parameter(name).detach() for name in entry.ours])
         for entry in weight_map.entries(own)
     }
     tied = set(weight_map.duplicates.values()) & set(tensors)
@@ -93,10 +97,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 
 
-def _meant(name: str, model: Model, entries: Mapping[str, Entry]) -> str:
-    """What a checkpoint calls the tensor that an adapter calls so."""
+def _meant(name: str, weight_map: WeightMap, entries: Mapping[str, Entry]) -> str:
+    """What a model calls the tensor that an adapter calls so."""
     inside = name.removeprefix(BASE) if name.startswith(BASE) else name.removeprefix("base_model.")
-    return weight_map_of(model).canonical(inside.replace(WRAPPED, "."), entries)
+    return weight_map.canonical(inside.replace(WRAPPED, "."), entries)
 
 
 def _is_in(theirs: str, modules: Sequence[str]) -> bool:

@@ -131,6 +131,8 @@ def weights(config: VisionConfig) -> WeightMap:
                 "attention.output.dense": "attention.o_proj",
                 "intermediate.dense": "mlp.fc1",
                 "output.dense": "mlp.fc2",
+                "layernorm_before": "layernorm_before",
+                "layernorm_after": "layernorm_after",
             }.items()
         },
         rules=(

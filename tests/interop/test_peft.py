@@ -17,7 +17,7 @@ from swissarmy.core.errors import CheckpointError, ConfigError
 from swissarmy.interop.peft_config import PeftLoRAConfig
 from swissarmy.testing import tiny_model
 from tests.helpers import rewrite_json
-from tests.interop.peft_cases import CONFIG, FAMILIES, WEIGHTS, close, logits, theirs
+from tests.interop.peft_cases import CONFIG, FAMILIES, PICTURES, WEIGHTS, close, logits, theirs
 
 pytestmark = [  # what PEFT and transformers say of each other's newest versions
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -181,6 +181,10 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "a head of BERT": ("BertForSequenceClassification", {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
     "biases": ("GPT2LMHeadModel", {"bias": "all"}),
     "biases of the modules": ("GPT2LMHeadModel", {"bias": "lora_only"}),
+    "a head and biases of pictures": (
+        "ViTForImageClassification",
+        {"modules_to_save": ["classifier"], "bias": "all", "target_modules": ["q_proj"]},
+    ),
     "positions and norm": ("GPT2LMHeadModel", {"modules_to_save": ["wpe", "ln_f"]}),
 }
 
@@ -188,10 +192,11 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", WHOLE)
 def test_whole_modules_that_trained_beside_an_adapter_come_along(case: str, tmp_path: Path) -> None:
     architecture, options = WHOLE[case]
-    sizes = FAMILIES["bert" if "Bert" in architecture else "gpt2"][1]
     cls = getattr(transformers, architecture)
+    family = cls.config_class.model_type
+    words = {} if family in PICTURES else {"vocab_size": 61, "num_labels": 3, "pad_token_id": 0}
     torch.manual_seed(0)
-    base = cls(cls.config_class(vocab_size=61, num_labels=3, pad_token_id=0, **sizes)).double().eval()
+    base = cls(cls.config_class(**words, **FAMILIES[family][1])).double().eval()
     base.save_pretrained(tmp_path / "base")
     transposed = "GPT2" in architecture
     config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": transposed, **options})
@@ -200,18 +205,16 @@ def test_whole_modules_that_trained_beside_an_adapter_come_along(case: str, tmp_
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.5)
     reference.save_pretrained(tmp_path / "adapter")
-    ids = torch.arange(14).view(2, 7) * 4 + 3
-    expected = reference.eval()(ids).logits.detach()
+    expected = logits(reference.eval(), family)
     ours: Any = sat.load_adapter(sat.load(tmp_path / "base"), tmp_path / "adapter")
-    close(ours(ids)[0].detach(), expected)
-    prefixes = {"a head": ["mixins.head"], "a head of BERT": ["mixins.head"]}
-    if case in prefixes:
-        ours.save_adapter(tmp_path / "ours", modules_to_save=prefixes[case])
+    close(logits(ours, family), expected)
+    if "SEQ_CLS" in options.values():
+        ours.save_adapter(tmp_path / "ours", modules_to_save=["mixins.head"])
         again = cls.from_pretrained(tmp_path / "base", dtype=torch.float64)
         again = peft.PeftModel.from_pretrained(again, tmp_path / "ours", autocast_adapter_dtype=False).eval()
-        close(again(ids).logits.detach(), expected)
+        close(logits(again, family), expected)
     ours.del_mixin("lora")
-    assert (ours(ids)[0] - sat.load(tmp_path / "base")(ids)[0]).abs().max() > 1e-2
+    assert (logits(ours, family) - logits(sat.load(tmp_path / "base"), family)).abs().max() > 1e-2
 
 
 def test_several_adapters_load_side_by_side_and_are_written_by_name(bases: Any, tmp_path: Path) -> None:
