@@ -47,8 +47,9 @@ class RotaryMixin(BaseMixin):
     @property
     def saved_options(self) -> dict[str, Any]:
         """What it was made with."""
+        sets = [each.parameters.to_dict().items() for each in self.frequencies]
         return {
-            "parameters": [each.parameters.to_dict() for each in self.frequencies],
+            "parameters": [{name: value for name, value in fields if value is not None} for fields in sets],
             "parameters_of_layer": None if self.parameters_of_layer is None else list(self.parameters_of_layer),
             "interleaved": self.interleaved,
         }
