@@ -5,9 +5,13 @@ workers; `batches.py` says which samples a rank reads. So a checkpoint needs the
 """
 
 import logging
+import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
+from multiprocessing.connection import wait
 from typing import Any, Final, final
 
 import torch
@@ -194,6 +198,7 @@ class Loader:
             prefetch_factor=self._prefetch if has_workers else None,
             pin_memory=self._pin_memory,
             timeout=self._timeout if has_workers else 0,
+            worker_init_fn=_end_with_parent if has_workers else None,
             generator=torch.Generator(),  # its own: the default one belongs to the model, and resumes with it
         )
 
@@ -268,6 +273,22 @@ def _next(fetched: Iterator[Fetched]) -> Fetched:
     except RuntimeError as error:  # what torch raises for a worker that died or hangs
         traceback.clear_frames(error.__traceback__)
         return Fetched(None, [], LoaderError(str(error)))
+
+
+def _end_with_parent(worker: int) -> None:
+    """End this worker when the process that it reads for dies, by SIGKILL too.
+
+    torch's own workers look at their parent's number for that, which is that of a server where processes are started by
+    one (`forkserver`, from Python 3.14 on for all): a killed run left them behind.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch(sentinel: int) -> None:
+            wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _same(fetched: Fetched) -> Fetched:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -394,6 +395,34 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_no_process() -> None:
     with pytest.raises(LoaderError, match=r"step \d, micro-batch 0 \(a.jsonl:\d+ to a.jsonl:\d+\).*[Ww]orker"):
         steps(run, 8)
     assert no_process_is_left()
+
+
+def read_and_die(pids: Any) -> None:
+    """Tell the numbers of two workers, and be killed while they read on."""
+    batches = iter(loader(Numbers("a", 64), num_workers=2))
+    next(batches)
+    pids.send([each.pid for each in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_the_process_that_they_read_for(method: str) -> None:
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    killed = multiprocessing.get_context(method).Process(target=read_and_die, args=(sending,))
+    killed.start()
+    pids = receiving.recv()
+    killed.join()
+    assert len(pids) == 2
+    while any(is_running(pid) for pid in pids):
+        time.sleep(0.01)  # the test's time limit ends this
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_a_worker_that_hangs_ends_the_run_and_leaves_no_process() -> None:
