@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from torch import nn
 
-from swissarmy.backbone.model import BaseModel, Model, check_is_mixin
+from swissarmy.backbone.model import BaseModel, Model
 from swissarmy.core.errors import HookDefinitionError, nearest
-from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.mixin import BaseMixin, check_is_mixin
 
 
 class CompositeModel(Model):

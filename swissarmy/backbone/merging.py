@@ -19,6 +19,9 @@ from swissarmy.core.mixin import BaseMixin
 class MergeableMixin(BaseMixin, ABC):
     """A mixin that does nothing but change projections, in a way that other weights could do as well."""
 
+    _merged = False
+    """Whether weights hold what it does: `merge_mixin` says so, and `unmerge_mixin` takes it back."""
+
     @abstractmethod
     def merged(self, projection: Projection) -> Tensor | None:
         """The weight `[out, in]` that does what projection and mixin do together, or `None` where nothing changes."""
@@ -56,7 +59,8 @@ def merge_mixin(model: Model, name: str) -> BaseMixin | dict[str, BaseMixin]:
         What was taken away, for `unmerge_mixin`.
 
     Raises:
-        HookDefinitionError: There is no such mixin, it cannot be merged, or merging would change no weight.
+        HookDefinitionError: There is no such mixin, it cannot be merged, the weights were reduced, or merging would
+            change no weight.
         HookConflictError: Other mixins change the same projections in a way that does not commute with it.
     """
     parts = plain_models(model)
@@ -65,6 +69,7 @@ def merge_mixin(model: Model, name: str) -> BaseMixin | dict[str, BaseMixin]:
         raise HookDefinitionError(f"there is no mixin '{name}'.{nearest(name, known)} There are: {sorted(known)}.")
     mixins = {key: (part, _mergeable(name, part.get_mixin(name))) for key, part in parts.items() if name in part.mixins}
     for part, mixin in mixins.values():
+        _check_whole(part, name)
         _check_commutes(part, name, mixin)
     changed = [_changes(part, mixin) for part, mixin in mixins.values()]
     if not any(changed):
@@ -75,6 +80,7 @@ def merge_mixin(model: Model, name: str) -> BaseMixin | dict[str, BaseMixin]:
         for parameter, value in _merged(part, mixin):
             _write(parameter, value)
         part.del_mixin(name)
+        mixin._merged = True
     removed: dict[str, BaseMixin] = {key: mixin for key, (_, mixin) in mixins.items()}
     return removed if model.parts else removed[""]
 
@@ -88,21 +94,30 @@ def unmerge_mixin(model: Model, name: str, mixin: BaseMixin | Mapping[str, BaseM
         mixin: What `merge_mixin` gave.
 
     Raises:
-        HookDefinitionError: It was not merged, or a weight cannot be brought back.
-        HookConflictError: Other mixins change the same projections in a way that does not commute with it.
+        HookDefinitionError: It was not merged, or was unmerged already, a weight cannot be brought back, or the name is
+            none. Nothing was changed.
+        HookConflictError: The name is taken, the mixin is in the model, or others change the same projections in a way
+            that does not commute with it. Nothing was changed.
     """
-    given: Mapping[str, BaseMixin] = {"": mixin} if isinstance(mixin, BaseMixin) else mixin
+    given: Mapping[str, BaseMixin] = mixin if isinstance(mixin, Mapping) else {"": mixin}
     parts = plain_models(model)
     if not given or not set(given) <= set(parts):
         raise HookDefinitionError(f"'{name}' was not merged into this model: give what merge_mixin returned.")
     mixins = {key: (parts[key], _mergeable(name, each)) for key, each in given.items()}
+    if not all(each._merged for _, each in mixins.values()):
+        raise HookDefinitionError(
+            f"'{name}' was not merged, or was unmerged already: give what merge_mixin returned, once."
+        )
     for part, each in mixins.values():
+        part.hooks_with(name, each)
+        _check_whole(part, name)
         _check_commutes(part, name, each)
         for _ in _unmerged(part, each):  # what cannot be brought back says so before anything is written
             pass
     for part, each in mixins.values():
         for parameter, value in _unmerged(part, each):
             _write(parameter, value)
+        each._merged = False
     model.add_mixin(name, mixin)
 
 
@@ -112,6 +127,15 @@ def _mergeable(name: str, mixin: BaseMixin) -> MergeableMixin:
             f"'{name}' ({type(mixin).__name__}) cannot be merged: no weights of the backbone do what it does."
         )
     return mixin
+
+
+def _check_whole(model: BaseModel, name: str) -> None:
+    """Refuse to change weights that were let go."""
+    if any(projection.linear.weight.is_meta for projection in projections_of(model)):
+        raise HookDefinitionError(
+            f"'{name}' cannot be merged: the weights were reduced (quantize=...), and have no values of their own. "
+            "Load the model whole, without quantize, put the adapter on it (sat.load_adapter), then merge."
+        )
 
 
 def _check_commutes(model: BaseModel, name: str, mixin: MergeableMixin) -> None:

@@ -20,7 +20,7 @@ from swissarmy.backbone.transformer import Transformer
 from swissarmy.core.compose import accepted_keywords, resolve
 from swissarmy.core.errors import HookCallError, HookConflictError, HookDefinitionError, nearest
 from swissarmy.core.hooks import HookTable, check_hook_methods
-from swissarmy.core.mixin import BaseMixin
+from swissarmy.core.mixin import BaseMixin, check_is_mixin
 from swissarmy.nn.kv_cache import KVCache
 from swissarmy.nn.masks import Causal, Full, Mask, Padding, as_mask
 from swissarmy.nn.token_losses import token_losses
@@ -243,18 +243,23 @@ class BaseModel(Model):
         """Add a mixin; its parameters become `mixins.<name>.*` and move to the model's device and precision.
 
         Raises:
+            HookDefinitionError: The name is none, or the mixin is none or made for another model.
             HookConflictError: The name is taken, or the mixin replaces a hook that another one replaces.
         """
         if part is not None:
             raise HookDefinitionError(f"part='{part}': this model has no parts; leave `part` out.")
-        self._check_new(name, mixin)
-        hooks = resolve({**self._answerers(), name: mixin}, DEFAULTS)
+        hooks = self.hooks_with(name, mixin)
         if self.device.type != "meta":
             mixin.to(device=self.device, dtype=self.dtype)
         mixin.train(self.training)
         self.mixins[name] = mixin
         self._resolve(hooks)
         return self
+
+    def hooks_with(self, name: str, mixin: BaseMixin) -> HookTable:
+        """The hooks that there would be with one more mixin, which is not added; errors are those of `add_mixin`."""
+        self._check_new(name, mixin)
+        return resolve({**self._answerers(), name: mixin}, DEFAULTS)
 
     def get_mixin(self, name: str) -> BaseMixin:
         """The mixin of that name."""
@@ -374,20 +379,6 @@ class BaseModel(Model):
         """Restore, and resolve the hooks of the copy."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._resolve()
-
-
-def check_is_mixin(name: str, mixin: object) -> None:
-    """Refuse what is no mixin, and a class in place of one.
-
-    Raises:
-        HookDefinitionError: With what to write instead.
-    """
-    if isinstance(mixin, type) and issubclass(mixin, BaseMixin):
-        raise HookDefinitionError(
-            f"mixin '{name}' is the class {mixin.__name__}; add an instance: {mixin.__name__}.for_model(model, ...)."
-        )
-    if not isinstance(mixin, BaseMixin):
-        raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
 
 
 def iterate_models(model: Model) -> Iterator[tuple[str, BaseModel]]:

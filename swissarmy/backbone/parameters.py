@@ -7,7 +7,7 @@ model of parts, a pattern without `parts.` holds in every part.
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -77,19 +77,35 @@ def expanded(pattern: str) -> list[str]:
     return [each for choice in choices for each in expanded(pattern.replace(braces[0], choice, 1))]
 
 
-def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
-    """The ids of the parameters that some pattern matches."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    singles = {single: pattern for pattern in patterns for single in expanded(pattern)}
+def singles_of(patterns: Iterable[str]) -> dict[str, str]:
+    """The patterns without braces that some stand for, each with the first that it comes from.
+
+    Raises:
+        ConfigError: A range of nothing.
+    """
+    singles: dict[str, str] = {}
     for pattern in patterns:
         if not expanded(pattern):
             raise ConfigError(f"'{pattern}' is a range of nothing: the first number comes first.")
+        for single in expanded(pattern):
+            singles.setdefault(single, pattern)
+    return singles
+
+
+def shown(single: str, pattern: str) -> str:
+    """A pattern without braces as an error calls it: with the one that it comes from."""
+    return f"'{single}'" if single == pattern else f"'{single}', of '{pattern}',"
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """The ids of the parameters that some pattern matches."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    singles = singles_of(patterns)
     for single, pattern in singles.items():
         if not any(matches(name, single) for name, _ in named):
             names = {each for name, _ in named for each in (name, name.removeprefix("transformer."))}
             prefixes = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
-            origin = "" if single == pattern else f", of '{pattern}',"
-            raise ConfigError(f"'{single}'{origin} matches no parameter.{nearest(single, prefixes)}")
+            raise ConfigError(f"{shown(single, pattern)} matches no parameter.{nearest(single, prefixes)}")
     return {id(parameter) for name, parameter in named if any(matches(name, single) for single in singles)}
 
 

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.merging import MergeableMixin
-from swissarmy.backbone.projections import Projection, check_patterns, matches, projections_for, projections_of
+from swissarmy.backbone.projections import (
+    Projection,
+    check_patterns,
+    matches,
+    matching,
+    projections_for,
+    projections_of,
+)
 from swissarmy.core.config import Config
 from swissarmy.core.errors import ConfigError
 from swissarmy.core.mixin import MixinHost
@@ -19,8 +26,8 @@ from swissarmy.core.mixin import MixinHost
 class TargetsConfig(Config):
     """Options of a mixin that changes some projections."""
 
-    pattern_fields: ClassVar[tuple[str, ...]] = ("targets",)
-    """The fields that hold patterns, alone or as the keys of a dict."""
+    pattern_fields: ClassVar[tuple[str, ...]] = ()
+    """The fields beside `targets` that hold patterns, alone or as the keys of a dict: of what is chosen to change."""
 
     targets: tuple[str, ...] = ("query", "value")
     """Patterns of projections (`swissarmy.backbone.projections`): `attention.*`, `mlp.*`, `experts.*.up`."""
@@ -36,7 +43,7 @@ class TargetsConfig(Config):
     def of(cls, options: Mapping[str, Any]) -> Self:
         """From options as people write them: one pattern as a string, layers as a range."""
         values = {key: list(value) if isinstance(value, range) else value for key, value in options.items()}
-        for name in cls.pattern_fields:
+        for name in ("targets", *cls.pattern_fields):
             if isinstance(values.get(name), str):
                 values[name] = (values[name],)
         return cls.from_dict(values)
@@ -47,32 +54,41 @@ class TargetsConfig(Config):
         return in_layer and any(matches(projection.address, pattern) for pattern in self.targets)
 
     def within(self, projections: Sequence[Projection]) -> Self:
-        """The same for one part of a model, without the patterns that match in other parts only."""
+        """The same for one part of a model: no braces, and nothing that is in other parts only."""
 
-        def known(pattern: str) -> bool:
-            return any(matches(projection.address, pattern) for projection in projections)
-
-        def kept(value: Any) -> Any:
+        def kept(value: Any, addresses: Sequence[str]) -> Any:
+            found = matching(value or (), addresses)
             if isinstance(value, dict):
-                return {pattern: each for pattern, each in value.items() if known(pattern)}
-            return tuple(filter(known, value))
+                return {single: value[pattern] for single, pattern in found.items()}
+            return None if value is None else tuple(found)
 
-        return self.replace(**{name: kept(getattr(self, name)) for name in self.pattern_fields})
+        chosen = self._chosen(projections)
+        there = {projection.layer_id for projection in projections}
+        return self.replace(
+            targets=kept(self.targets, [projection.address for projection in projections]),
+            layers=None if self.layers is None else tuple(layer for layer in self.layers if layer in there),
+            **{name: kept(getattr(self, name), chosen) for name in self.pattern_fields},
+        )
 
     def check_found(self, projections: Sequence[Projection]) -> None:
-        """Refuse patterns and layers that are nowhere in a model.
+        """Refuse patterns and layers that are nowhere in a model, and patterns that choose among others than targets.
 
         Raises:
             ConfigError: Naming the pattern or the layer.
         """
-        addresses = [projection.address for projection in projections]
-        for name in self.pattern_fields:
-            check_patterns(getattr(self, name), addresses, field=name)
+        check_patterns(self.targets, [projection.address for projection in projections], field="targets")
         unknown = {*(self.layers or ())} - {projection.layer_id for projection in projections}
         if unknown:
             raise ConfigError(f"layers: there is no layer {min(unknown)}.")
-        if not any(map(self.selects, projections)):
+        chosen = self._chosen(projections)
+        if not chosen:
             raise ConfigError(f"targets={self.targets} are in none of the layers {self.layers}.")
+        for name in self.pattern_fields:
+            check_patterns(getattr(self, name) or (), chosen, field=name, among=" that `targets` and `layers` choose")
+
+    def _chosen(self, projections: Sequence[Projection]) -> list[str]:
+        """The addresses of the projections to be changed."""
+        return [projection.address for projection in projections if self.selects(projection)]
 
 
 @final
@@ -137,7 +153,7 @@ class TargetedMixin(MergeableMixin, ABC, Generic[Change]):
         """The mixin for a backbone of these sizes, without experts."""
         projections, own = projections_for(config), cls.config_type.of(options)
         own.check_found(projections)
-        return cls(projections, own)
+        return cls(projections, own.within(projections))
 
     @property
     def saved_options(self) -> dict[str, Any]:

@@ -67,6 +67,13 @@ def report(title: str, problems: Iterable[str]) -> None:
         raise ConfigError("\n  - ".join([f"{title} {len(lines)} problems", *lines]))
 
 
+def size_problems(**sizes: Any) -> Iterator[str]:
+    """A line for each size that is no whole number of at least 1."""
+    for name, size in sizes.items():
+        if not _fits(size, int) or size < 1:
+            yield f"{name}={size!r} must be a whole number, at least 1"
+
+
 def _unknown(cls: type[Config], names: Iterable[str]) -> Iterator[str]:
     fields = [field.name for field in dataclasses.fields(cls)]
     yield from (f"unknown field '{name}'.{nearest(str(name), fields)}" for name in names if name not in fields)

@@ -1,10 +1,12 @@
 """`BaseMixin`: what a mixin is, apart from what it does."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import nn
 
+from swissarmy.core.errors import ConfigError, HookDefinitionError, nearest
 from swissarmy.core.hooks import check_accepts, check_hook_methods
 
 
@@ -79,14 +81,18 @@ class BaseMixin(nn.Module):
 
         Returns:
             A mixin, or for a model of several parts a dict from part name to mixin; `add_mixin` takes both.
+
+        Raises:
+            ConfigError: There is no such option, or its value cannot be.
         """
-        if model.parts:
-            return {
-                name: cls.for_config(part.config, **options)
-                for name, part in model.parts.items()
-                if cls.suits(part.config)
-            }
-        return cls.for_config(model.config, **options)
+        suited = {name: part for name, part in model.parts.items() if cls.suits(part.config)}
+        try:
+            if model.parts:
+                return {name: cls.for_config(part.config, **options) for name, part in suited.items()}
+            return cls.for_config(model.config, **options)
+        except TypeError as error:
+            _check_options(cls, options, error)
+            raise
 
     @classmethod
     def for_config(cls, config: Any, **options: Any) -> Self:
@@ -99,3 +105,32 @@ class BaseMixin(nn.Module):
         """Whether this mixin means something on a backbone of this configuration."""
         del config
         return True
+
+
+def check_is_mixin(name: str, mixin: object) -> None:
+    """Refuse what is no mixin, and a class in place of one.
+
+    Raises:
+        HookDefinitionError: With what to write instead.
+    """
+    if isinstance(mixin, type) and issubclass(mixin, BaseMixin):
+        raise HookDefinitionError(
+            f"mixin '{name}' is the class {mixin.__name__}; add an instance: {mixin.__name__}.for_model(model, ...)."
+        )
+    if not isinstance(mixin, BaseMixin):
+        raise HookDefinitionError(f"mixin '{name}' is a {type(mixin).__name__}; it must be a sat.BaseMixin.")
+
+
+def _check_options(cls: type[BaseMixin], options: Mapping[str, Any], error: TypeError) -> None:
+    """Name the option that the signatures of a class refused, where that is the error."""
+    for name in options:
+        if f"unexpected keyword argument '{name}'" in str(error):
+            parameters = [
+                each for made in (cls.for_config, cls) for each in inspect.signature(made).parameters.values()
+            ]
+            known = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+            known -= {"config"}
+            raise ConfigError(
+                f"{cls.__name__}: unknown option '{name}'.{nearest(name, known)} "
+                f"It is made from: {', '.join(sorted(known)) or 'nothing'}; a model gives the sizes."
+            ) from error

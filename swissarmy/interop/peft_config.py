@@ -97,8 +97,8 @@ class PeftLoRAConfig(PeftTargetsConfig):
         ranks, alphas = [self.r, *self.rank_pattern.values()], [self.lora_alpha, *self.alpha_pattern.values()]
         if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
             yield "ranks are integers of at least 1"
-        if not all(isinstance(alpha, int | float) and not isinstance(alpha, bool) for alpha in alphas):
-            yield "alphas are numbers"
+        if not all(isinstance(alpha, int | float) and not isinstance(alpha, bool) and alpha > 0 for alpha in alphas):
+            yield "alphas are numbers above 0"
         if not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout={self.lora_dropout} must be in [0, 1)"
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:

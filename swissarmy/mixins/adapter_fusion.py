@@ -165,8 +165,13 @@ def fuse_adapters(
         The adapters that were taken away, by name, as `add_mixin` takes them back.
 
     Raises:
-        HookDefinitionError: There is no such mixin, or it is no adapter; nothing was changed.
+        HookDefinitionError: There is no such mixin, it is no adapter, or is named twice, or the fusion's name is none;
+            nothing was changed.
+        HookConflictError: The fusion's name is taken; nothing was changed.
     """
+    repeated = [each for index, each in enumerate(adapters) if each in adapters[:index]]
+    if repeated:
+        raise HookDefinitionError(f"'{repeated[0]}' is named twice: name each adapter once.")
     fused = {part: _adapters_of(plain, adapters) for part, plain in plain_models(model).items()}
     missing = [each for each in adapters if not any(each in found for found in fused.values())]
     if missing or not adapters:

@@ -23,16 +23,17 @@ from swissarmy.nn.precision import precise
 class IA3Config(TargetsConfig):
     """The options of `IA3Mixin.for_model` and `IA3Mixin.for_config`."""
 
-    pattern_fields: ClassVar[tuple[str, ...]] = ("targets", "inputs")
+    pattern_fields: ClassVar[tuple[str, ...]] = ("inputs",)
 
     targets: tuple[str, ...] = ("key", "value", "down")
     """Patterns of projections (`swissarmy.backbone.projections`)."""
-    inputs: tuple[str, ...] = ("down",)
-    """Those of them whose input is stretched in place of their output."""
+    inputs: tuple[str, ...] | None = None
+    """Those of them whose input is stretched in place of their output; `down`, if it is one of them, when `None`."""
 
     def stretches_input(self, projection: Projection) -> bool:
         """Whether it is the input of a projection that is stretched."""
-        return any(matches(projection.address, pattern) for pattern in self.inputs)
+        inputs = ("down",) if self.inputs is None else self.inputs
+        return any(matches(projection.address, pattern) for pattern in inputs)
 
 
 @final

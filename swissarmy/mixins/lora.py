@@ -31,12 +31,12 @@ from swissarmy.nn.precision import precise
 class LoRAConfig(TargetsConfig):
     """The options of `LoRAMixin.for_model` and `LoRAMixin.for_config`."""
 
-    pattern_fields: ClassVar[tuple[str, ...]] = ("targets", "rank_pattern", "alpha_pattern")
+    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     r: int = 8
     """The rank of the change."""
     alpha: float = 16.0
-    """The change is scaled by `alpha / r`."""
+    """The change is scaled by `alpha / r`; positive."""
     dropout: float = 0.0
     """Dropout on what A is given."""
     rslora: bool = False
@@ -55,8 +55,12 @@ class LoRAConfig(TargetsConfig):
     def problems(self) -> Iterator[str]:
         """Ranks and scales that are none."""
         ranks, scales = {"r": self.r, **self.rank_pattern}, {"alpha": self.alpha, **self.alpha_pattern}
-        yield from (f"{name}: {r!r} is no rank, at least 1" for name, r in ranks.items() if not _is_number(r, int, 1))
-        yield from (f"{name}: {alpha!r} is no scale" for name, alpha in scales.items() if not _is_number(alpha, float))
+        yield from (f"{name}: {r!r} is no rank, at least 1" for name, r in ranks.items() if not _is_positive(r, int))
+        yield from (
+            f"{name}: {alpha!r} is no scale: it must be positive and finite, as the change is multiplied by it"
+            for name, alpha in scales.items()
+            if not _is_positive(alpha, float)
+        )
         yield from super().problems()
         if not 0 <= self.dropout < 1:
             yield f"dropout={self.dropout} must be in [0, 1)"
@@ -223,9 +227,9 @@ class LoRAMixin(TargetedMixin[LoRALinear]):
         return self.changed(kw_args["layer_id"], name, old_impl(x, linear, name), x, linear)
 
 
-def _is_number(value: object, kind: type, least: float = -math.inf) -> bool:
+def _is_positive(value: object, kind: type) -> bool:
     numbers = int if kind is int else int | float
-    return isinstance(value, numbers) and not isinstance(value, bool) and least <= value < math.inf
+    return isinstance(value, numbers) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _weight_of(linear: nn.Linear, purpose: str) -> Tensor:

@@ -6,8 +6,10 @@ Parameters: `layers.{i}.{projection}.lora_A` `[n, r, in]` and `lora_B` `[n, out,
 an adapter of a smaller rank is filled up with zeros. (Rows of their own: Wen & Chaudhuri 2023, Chen et al. 2023.)
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Self, final
 
 import torch
@@ -16,16 +18,8 @@ from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
 from swissarmy.backbone.model import BaseModel, Model
-from swissarmy.backbone.projections import (
-    Projection,
-    check_patterns,
-    matches,
-    plain_models,
-    projections_for,
-    projections_of,
-)
-from swissarmy.backbone.targets import module_name
-from swissarmy.core.config import Config
+from swissarmy.backbone.projections import Projection, plain_models, projections_for, projections_of
+from swissarmy.backbone.targets import TargetsConfig, module_name
 from swissarmy.core.errors import HookCallError, HookDefinitionError, nearest
 from swissarmy.core.hooks import Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin, MixinHost
@@ -37,15 +31,13 @@ Weights = Sequence[tuple[int, float]]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class BankConfig(Config):
+class BankConfig(TargetsConfig):
     """The options of `LoRABankMixin.for_model` and `LoRABankMixin.for_config`."""
 
     adapters: tuple[str, ...]
     """Their names, in the order in which `adapter_ids` counts them."""
     r: int = 8
     """The largest rank."""
-    targets: tuple[str, ...] = ("query", "value")
-    """Patterns of projections, as for `LoRAMixin`."""
 
     def problems(self) -> Iterator[str]:
         """No adapters, names that repeat, no rank."""
@@ -53,12 +45,7 @@ class BankConfig(Config):
             yield f"adapters={self.adapters} must be one name or more, each once"
         if self.r < 1:
             yield f"r={self.r} must be at least 1"
-        if not self.targets:
-            yield "targets is empty: nothing would change"
-
-    def selects(self, projection: Projection) -> bool:
-        """Whether a projection is to be changed."""
-        return any(matches(projection.address, pattern) for pattern in self.targets)
+        yield from super().problems()
 
 
 @final
@@ -137,19 +124,21 @@ class LoRABankMixin(BaseMixin):
         Raises:
             ConfigError: Options that are none, or a pattern that matches no projection.
         """
-        config = BankConfig.from_dict(options)
+        config = BankConfig.of(options)
         models: Mapping[str, Any] = model.parts or {"": model}
         found = {name: projections_of(part) for name, part in models.items()}
-        check_patterns(config.targets, [each.address for part in found.values() for each in part], field="targets")
-        mixins = {name: cls(each, config) for name, each in found.items() if any(map(config.selects, each))}
+        config.check_found([each for part in found.values() for each in part])
+        mixins = {
+            name: cls(each, config.within(each)) for name, each in found.items() if any(map(config.selects, each))
+        }
         return mixins if model.parts else mixins[""]
 
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """The mixin for a backbone of these sizes, without experts."""
-        projections, bank = projections_for(config), BankConfig.from_dict(options)
-        check_patterns(bank.targets, [projection.address for projection in projections], field="targets")
-        return cls(projections, bank)
+        projections, bank = projections_for(config), BankConfig.of(options)
+        bank.check_found(projections)
+        return cls(projections, bank.within(projections))
 
     @property
     def saved_options(self) -> dict[str, Any]:
@@ -181,12 +170,19 @@ class LoRABankMixin(BaseMixin):
 
     def _weights(self, adapter: str | Mapping[str, float]) -> Weights:
         given = {adapter: 1.0} if isinstance(adapter, str) else adapter
-        for name in given:
+        if not isinstance(given, Mapping):
+            raise HookCallError(
+                f"adapter is {given!r}; it is a name, or weights by name, {{'a': 0.5, 'b': 0.5}}. There are: "
+                f"{', '.join(self.config.adapters)}. adapter_ids=tensor chooses for each row."
+            )
+        for name, weight in given.items():
             if name not in self.config.adapters:
                 raise HookCallError(
-                    f"there is no adapter '{name}'.{nearest(name, self.config.adapters)} "
+                    f"there is no adapter '{name}'.{nearest(str(name), self.config.adapters)} "
                     f"There are: {', '.join(self.config.adapters)}."
                 )
+            if not isinstance(weight, Real) or not -math.inf < weight < math.inf:
+                raise HookCallError(f"adapter: the weight of '{name}' is {weight!r}; it must be a finite number.")
         return [(self.config.adapters.index(name), weight) for name, weight in given.items()]
 
 

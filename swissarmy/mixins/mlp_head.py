@@ -12,7 +12,7 @@ from typing import Any, Self, final
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
-from swissarmy.core.config import report
+from swissarmy.core.config import report, size_problems
 from swissarmy.core.errors import nearest
 from swissarmy.core.mixin import BaseMixin
 from swissarmy.nn.activations import ACTIVATIONS
@@ -26,7 +26,7 @@ class MLPHeadMixin(BaseMixin):
     def __init__(
         self,
         hidden_size: int,
-        output_sizes: Sequence[int],
+        output_sizes: int | Sequence[int],
         *,
         activation: str = "tanh",
         bias: bool = True,
@@ -36,7 +36,7 @@ class MLPHeadMixin(BaseMixin):
 
         Args:
             hidden_size: The model's width.
-            output_sizes: What each projection gives; the last size is the head's.
+            output_sizes: What each projection gives; the last size is the head's. A number is one projection.
             activation: Between projections, by its Hugging Face name.
             bias: Whether the projections have biases, which start at zero.
             std: The standard deviation of new weights; small, so that a head starts near zero.
@@ -45,14 +45,15 @@ class MLPHeadMixin(BaseMixin):
             ConfigError: Sizes or an activation that are none.
         """
         super().__init__()
-        problems = [f"output_sizes: {size!r} must be at least 1" for size in output_sizes if size < 1]
-        problems += [] if output_sizes else ["output_sizes is empty: say what the head gives, such as (256, 2)"]
+        sizes = tuple(output_sizes) if isinstance(output_sizes, Sequence) else (output_sizes,)
+        problems = [*size_problems(**{f"output_sizes[{index}]": size for index, size in enumerate(sizes)})]
+        problems += [] if sizes else ["output_sizes is empty: say what the head gives, such as (256, 2)"]
         if activation not in ACTIVATIONS:
             problems.append(f"activation='{activation}' is unknown.{nearest(activation, ACTIVATIONS)}")
         report("MLPHeadMixin:", problems)
-        self._options = {"output_sizes": list(output_sizes), "activation": activation, "bias": bias, "std": std}
+        self._options = {"output_sizes": list(sizes), "activation": activation, "bias": bias, "std": std}
         self.activation = ACTIVATIONS[activation]
-        projections = [Linear(*sizes, bias=bias) for sizes in pairwise((hidden_size, *output_sizes))]
+        projections = [Linear(*each, bias=bias) for each in pairwise((hidden_size, *sizes))]
         self.projections = nn.ModuleList(projections)
         for projection in projections:
             nn.init.normal_(projection.weight, std=std)
@@ -60,7 +61,7 @@ class MLPHeadMixin(BaseMixin):
                 nn.init.zeros_(projection.bias)
 
     @classmethod
-    def for_config(cls, config: TransformerConfig, *, output_sizes: Sequence[int] = (2,), **options: Any) -> Self:
+    def for_config(cls, config: TransformerConfig, *, output_sizes: int | Sequence[int] = 2, **options: Any) -> Self:
         """The model's width."""
         return cls(config.hidden_size, output_sizes, **options)
 

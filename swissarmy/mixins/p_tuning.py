@@ -7,13 +7,16 @@ bidirectional LSTM and an MLP of two.
 """
 
 from itertools import pairwise
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 
-from swissarmy.core.errors import ConfigError
+from swissarmy.core.config import report, size_problems
+from swissarmy.core.errors import nearest
 from swissarmy.mixins.prompt_tuning import PromptMixin, PromptTuningMixin
+
+Encoder = Literal["mlp", "lstm"]
 
 
 @final
@@ -41,7 +44,7 @@ class PTuningMixin(PromptMixin):
         hidden_size: int,
         *,
         prompt_len: int = 16,
-        encoder: Literal["mlp", "lstm"] = "mlp",
+        encoder: Encoder = "mlp",
         encoder_size: int | None = None,
         has_positions: bool = True,
         reaches_decoder: bool = False,
@@ -55,12 +58,18 @@ class PTuningMixin(PromptMixin):
             encoder_size: The width inside the encoder; the model's when `None`.
             has_positions: As for `PromptTuningMixin`.
             reaches_decoder: As for `PromptTuningMixin`.
+
+        Raises:
+            ConfigError: Sizes or an encoder that are none.
         """
         super().__init__(prompt_len, has_positions=has_positions, reaches_decoder=reaches_decoder)
-        if encoder not in ("mlp", "lstm") or (encoder_size is not None and encoder_size < 1):
-            raise ConfigError(f"encoder='{encoder}', encoder_size={encoder_size}: 'mlp' or 'lstm', of at least 1.")
-        self.options = {"encoder": encoder, "encoder_size": encoder_size}
         size = hidden_size if encoder_size is None else encoder_size
+        problems = [*size_problems(encoder_size=size)]
+        if encoder not in get_args(Encoder):
+            near = nearest(str(encoder), get_args(Encoder))
+            problems.append(f"encoder={encoder!r} is unknown.{near} There are: 'mlp', 'lstm'")
+        report(f"{type(self).__name__}:", problems)
+        self.options = {"encoder": encoder, "encoder_size": encoder_size}
         self.embedding = nn.Embedding(prompt_len, hidden_size)
         self.encoder: nn.Module = (
             LSTMEncoder(hidden_size, size) if encoder == "lstm" else _mlp(hidden_size, size, size, hidden_size)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
-from swissarmy.core.errors import ConfigError, HookDefinitionError
+from swissarmy.core.config import report, size_problems
+from swissarmy.core.errors import HookDefinitionError
 from swissarmy.core.hooks import Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin, SharedDim
 from swissarmy.nn.masks import Mask
@@ -102,10 +103,13 @@ class PrefixTuningMixin(BaseMixin):
             encoder_size: The width of the MLP that makes the prefix; none when `None`.
             shift_positions: Whether the tokens' positions begin after the prefix, as PEFT counts, and not at 0. Biases
                 by distance (T5, ALiBi) know no distance to a prefix either way.
+
+        Raises:
+            ConfigError: Sizes that are none.
         """
         super().__init__()
-        if prefix_len < 1 or (encoder_size is not None and encoder_size < 1):
-            raise ConfigError(f"prefix_len={prefix_len} and encoder_size={encoder_size} must be at least 1.")
+        encoder = {} if encoder_size is None else {"encoder_size": encoder_size}
+        report(f"{type(self).__name__}:", size_problems(prefix_len=prefix_len, **encoder))
         self.prefix_len, self.encoder_size, self.shift_positions = prefix_len, encoder_size, shift_positions
         self.encoder = None if encoder_size is None else PrefixEncoder(prefix_len, encoder_size)
         self.layers = nn.ModuleList(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swissarmy.backbone.config import TransformerConfig
+from swissarmy.core.config import report, size_problems
 from swissarmy.core.errors import ConfigError, HookCallError
 from swissarmy.core.hooks import RESERVED, Hook, non_conflict
 from swissarmy.core.mixin import BaseMixin, MixinHost
@@ -82,10 +83,12 @@ class PromptMixin(BaseMixin, ABC):
             prompt_len: How many positions it has.
             has_positions: Whether these are counted: the prompt has the first, and the tokens those after it.
             reaches_decoder: Whether the model's output has the prompt in front, for a decoder to attend to.
+
+        Raises:
+            ConfigError: A length that is none.
         """
         super().__init__()
-        if prompt_len < 1:
-            raise ConfigError(f"prompt_len={prompt_len} must be at least 1.")
+        report(f"{type(self).__name__}:", size_problems(prompt_len=prompt_len))
         self.prompt_len, self.has_positions, self.reaches_decoder = prompt_len, has_positions, reaches_decoder
 
     @abstractmethod
@@ -279,7 +282,11 @@ class PromptTuningMixin(PromptMixin):
         has_positions: bool = True,
         reaches_decoder: bool = False,
     ) -> None:
-        """Start with small random values; `start_from` takes those of tokens."""
+        """Start with small random values; `start_from` takes those of tokens.
+
+        Raises:
+            ConfigError: A length that is none.
+        """
         super().__init__(prompt_len, has_positions=has_positions, reaches_decoder=reaches_decoder)
         self.embedding = nn.Embedding(prompt_len, hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.02)

@@ -27,7 +27,7 @@ from swissarmy.nn.precision import precise
 class VeRAConfig(TargetsConfig):
     """The options of `VeRAMixin.for_model` and `VeRAMixin.for_config`."""
 
-    pattern_fields: ClassVar[tuple[str, ...]] = ("targets", "first_rows")
+    pattern_fields: ClassVar[tuple[str, ...]] = ("first_rows",)
 
     r: int = 256
     """The rank of the change: larger than LoRA's, since a rank costs a number a projection."""

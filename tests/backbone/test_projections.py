@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import swissarmy as sat
-from swissarmy.backbone.projections import check_patterns, first_match, matches, projections_for, projections_of
+from swissarmy.backbone.projections import (
+    check_patterns,
+    first_match,
+    matches,
+    matching,
+    projections_for,
+    projections_of,
+)
 from swissarmy.core.errors import ConfigError
 from swissarmy.testing import TINY_CONFIGS, tiny_inputs, tiny_model
 from tests.helpers import hook_mixin
@@ -27,9 +34,17 @@ from tests.helpers import hook_mixin
         ("layers.1.*", "layers.11.mlp.up", False),
         ("quer", "layers.0.attention.query", False),
         ("*", "layers.0.mlp.down", True),
+        ("mlp.{up,down}", "layers.0.mlp.down", True),
+        ("{attention,mlp}.*", "layers.0.cross_attention.query", False),
+        ("layers.{8..11}.mlp.*", "layers.10.mlp.up", True),
+        ("layers.{0..1}.query", "layers.1.attention.query", True),
+        ("layers.{0..1}.query", "layers.11.attention.query", False),
+        ("layers.0.attention.*", "layers.0.cross_attention.query", False),
+        ("layers.0.up", "layers.0.experts.3.up", True),
+        ("layers.*", "layers.3.mlp.up", True),
     ],
 )
-def test_a_pattern_matches_the_end_of_an_address_or_the_whole(pattern: str, address: str, matched: bool) -> None:
+def test_a_pattern_matches_the_end_of_a_name_in_its_layers(pattern: str, address: str, matched: bool) -> None:
     assert matches(address, pattern) is matched
 
 
@@ -82,3 +97,13 @@ def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
         check_patterns(["attention.quary"], addresses, field="targets")
     with pytest.raises(ConfigError, match=r"There are: attention\.query, mlp\.up"):
         check_patterns(["layers.7.*"], addresses, field="targets")
+    with pytest.raises(ConfigError, match=r"'dwn', of '\{up,dwn\}', matches no .* here. Did you mean 'down'\?"):
+        check_patterns(["{up,dwn}"], [*addresses, "layers.0.mlp.down"], field="targets", among=" here")
+    with pytest.raises(ConfigError, match=r"Did you mean 'layers.0.query'\?"):
+        check_patterns(["layers.0.qury"], addresses, field="targets")
+
+
+def test_braces_that_match_keep_the_pattern_that_they_come_from() -> None:
+    addresses = ["layers.0.attention.query", "layers.0.mlp.up"]
+    found = matching(["mlp.{up,gate}", "{mlp,attention}.*", "mlp.up"], addresses)
+    assert found == {"mlp.up": "mlp.{up,gate}", "mlp.*": "{mlp,attention}.*", "attention.*": "{mlp,attention}.*"}

@@ -90,7 +90,7 @@ def test_an_adapter_of_peft_gives_the_same_logits_and_goes_back(
     "options",
     [
         {},
-        {"rslora": True, "rank_pattern": {"layers.1.*": 1}, "alpha_pattern": {"value": 2.5}},
+        {"rslora": True, "rank_pattern": {"layers.1.*": 1}, "alpha_pattern": {"layers.0.*": 2.5}},
         {"dora": True},
         {"init": "pissa"},
         {"init": "olora", "dora": True, "rslora": True},
@@ -333,7 +333,8 @@ def test_magnitudes_and_the_configuration_must_agree(bases: Any, tmp_path: Path)
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base model's weights"),
         ({"r": 0}, "ranks are integers of at least 1"),
         ({"lora_alpha": "x"}, "lora_alpha='x'"),
-        ({"alpha_pattern": {"c_attn": "x"}}, "alphas are numbers"),
+        ({"lora_alpha": 0}, "alphas are numbers above 0"),
+        ({"alpha_pattern": {"c_attn": "x"}}, "alphas are numbers above 0"),
         ({"target_modules": "(a"}, "'(a' is no regular expression"),
         ({"rank_pattern": {"(a+)+b": 2}}, "repeats too much to be tried"),
         ({"rank_pattern": {".*a.*b.*c.*": 2}}, "repeats too much to be tried"),

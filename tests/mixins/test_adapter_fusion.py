@@ -168,9 +168,22 @@ def test_names_that_are_no_adapters_are_refused_and_nothing_changes() -> None:
             sat.fuse_adapters(model, ["adapter_one", name])
     with pytest.raises(sat.HookDefinitionError, match="No name"):
         sat.fuse_adapters(model, [])
+    with pytest.raises(sat.HookDefinitionError, match="'adapter_one' is named twice"):
+        sat.fuse_adapters(model, ["adapter_one", "adapter_one"])
     with pytest.raises(sat.HookConflictError, match="there is a mixin 'lora' already"):
         sat.fuse_adapters(model, ["adapter_one"], "lora")
-    assert {"adapter_one", "lora"} < set(model.mixins)
+    with pytest.raises(sat.HookDefinitionError, match="use letters"):
+        sat.fuse_adapters(model, ["adapter_one"], "no name")
+    assert set(model.mixins) == {"positions", "adapter_one", "lora"}
+
+
+def test_a_fusion_that_one_part_refuses_takes_no_adapter_away() -> None:
+    model = with_adapters("t5")
+    model.add_mixin("taken", sat.LoRAMixin.for_model(model)["decoder"], part="decoder")
+    names = {part: set(each.mixins) for part, each in model.parts.items()}
+    with pytest.raises(sat.HookConflictError, match="there is a mixin 'taken' already"):
+        sat.fuse_adapters(model, ["a", "b"], "taken")
+    assert {part: set(each.mixins) for part, each in model.parts.items()} == names
 
 
 @pytest.mark.parametrize(

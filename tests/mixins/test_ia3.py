@@ -65,5 +65,18 @@ def test_it_is_loaded_again(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"inputs: 'mlp.dwn' matches no projection. Did you mean 'mlp.down'\?"):
+    with pytest.raises(ConfigError, match=r"inputs: 'mlp.dwn' matches no projection that .* Did you mean 'mlp.down'\?"):
         sat.IA3Mixin.for_model(tiny_model("gpt2"), inputs="mlp.dwn")
+
+
+def test_inputs_are_some_of_the_targets_and_by_default_those_that_lead_out_of_the_mlp() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(ConfigError, match=r"inputs: 'down' matches no projection that `targets` and `layers` choose"):
+        sat.IA3Mixin.for_model(model, targets="key", inputs="down")
+    assert not any(stretch.of_input for stretch in stretches(sat.IA3Mixin.for_model(model, targets="mlp.up")))
+    assert all(stretch.of_input for stretch in stretches(sat.IA3Mixin.for_model(model, targets="mlp.{down,down}")))
+    assert not any(stretch.of_input for stretch in stretches(sat.IA3Mixin.for_model(model, inputs=())))
+
+
+def stretches(mixin: Any) -> list[Any]:
+    return [stretch for layer in mixin.layers for stretch in layer.values()]

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from swissarmy.backbone.projections import projections_of
 from swissarmy.core.errors import ConfigError
 from swissarmy.mixins.reduced_weights import reduce_weights
 from swissarmy.testing import TINY_CONFIGS, tiny_inputs, tiny_model
-from tests.helpers import tiny_ids
+from tests.helpers import tiny_family_model, tiny_ids
 from tests.helpers import tiny_model as tiny_backbone
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -169,6 +171,9 @@ def test_scales_and_ranks_follow_the_patterns() -> None:
     assert found["layers.1.attention.query"] == (2, 8 / 2)
     assert found["layers.1.mlp.up"] == (4, 3 / 4)
     assert change_of(with_lora(r=4, alpha=8.0, rslora=True), "layers.0.attention.query").scale == 8 / math.sqrt(4)
+    braces = with_lora(targets="*", r=4, rank_pattern={"{mlp.up,key}": 2, "layers.{0..1}.key": 3, "mlp.up": 5})
+    ranks = [change_of(braces, f"layers.1.{name}").r for name in ("attention.key", "mlp.up", "mlp.down")]
+    assert ranks == [2, 2, 4]  # the first match counts
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,10 @@ def test_scales_and_ranks_follow_the_patterns() -> None:
         (
             {"targets": ["layers.0.mlp.*", "key"], "layers": [0]},
             {"layers.0.mlp.up", "layers.0.mlp.down", "layers.0.attention.key"},
+        ),
+        (
+            {"targets": ["layers.{0..1}.query", "mlp.{up,down}"], "layers": [1]},
+            {"layers.1.attention.query", "layers.1.mlp.up", "layers.1.mlp.down"},
         ),
     ],
 )
@@ -211,6 +220,25 @@ def test_each_part_gets_the_targets_that_it_has() -> None:
     only = with_lora("t5", targets="cross_attention.*")
     assert list(only.mixins["lora"]) == ["decoder"]
     assert not torch.equal(logits(only), logits(tiny_model("t5").double()))
+
+
+def test_patterns_of_one_part_stay_there_and_every_part_is_loaded_again(tmp_path: Path) -> None:
+    model = tiny_family_model("t5", num_layers=2, num_decoder_layers=4)
+    options = {"targets": ("{attention,cross_attention}.query", "mlp.up"), "layers": (1, 3)}
+    patterns = {"rank_pattern": {"cross_attention.*": 2, "{mlp,attention}.*": 3}, "alpha_pattern": {"layers.3.*": 5.0}}
+    model.add_mixin("lora", sat.LoRAMixin.for_model(model, **options, **patterns))
+    encoder, decoder = (model.get_mixin("lora", part).config for part in ("encoder", "decoder"))
+    assert (encoder.targets, encoder.layers) == (("attention.query", "mlp.up"), (1,))
+    assert (encoder.rank_pattern, encoder.alpha_pattern) == ({"mlp.*": 3, "attention.*": 3}, {})
+    assert decoder.rank_pattern == {"cross_attention.*": 2, "mlp.*": 3, "attention.*": 3}
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(sat.load(tmp_path / "model")(**tiny_inputs(model))[0], model(**tiny_inputs(model))[0])
+
+
+def test_a_pattern_is_dropped_in_a_part_where_targets_do_not_choose_what_it_matches() -> None:
+    model = tiny_model("t5")
+    mixins = sat.LoRAMixin.for_model(model, targets=("cross_attention.*", "mlp.up"), rank_pattern={"key": 2})
+    assert {part: mixin.config.rank_pattern for part, mixin in mixins.items()} == {"encoder": {}, "decoder": {"key": 2}}
 
 
 def test_experts_are_adapted_one_by_one() -> None:
@@ -243,8 +271,9 @@ def test_lora_trains_on_reduced_weights_and_does_not_merge_into_them() -> None:
     adapted = model(**inputs)[0]
     adapted.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.get_mixin("lora").parameters())
-    with pytest.raises(sat.HookConflictError, match="'lora' cannot be merged beside 'reduced-weights'"):
+    with pytest.raises(sat.HookDefinitionError, match=r"the weights were reduced.*Load the model whole.*load_adapter"):
         sat.merge_mixin(model, "lora")
+    assert {"lora", "reduced-weights"} <= set(model.mixins)
     sat.bundle_adapters(model, "lora")
     torch.testing.assert_close(model(**inputs, adapter="lora")[0], adapted, rtol=1e-4, atol=1e-4)
 
@@ -409,15 +438,56 @@ def test_sums_are_merged_side_by_side_and_dora_beside_another_is_refused() -> No
             sat.merge_mixin(model, name)
 
 
-def test_unmerging_what_was_not_merged_is_refused_and_changes_nothing() -> None:
-    model = with_lora(dora=True)
-    mixin = model.del_mixin("lora")
+def refuse_unmerging(model: Any, name: Any, mixin: Any, error: type[Exception], message: str) -> None:
+    """Check that an unmerge is refused, and changes nothing."""
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(sat.HookDefinitionError, match="DoRA cannot be unmerged"):
-        sat.unmerge_mixin(model, "lora", mixin)
-    with pytest.raises(sat.HookDefinitionError, match="was not merged into this model"):
-        sat.unmerge_mixin(model, "lora", {"decoder": mixin})
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(error, match=message):
+        sat.unmerge_mixin(model, name, mixin)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_unmerging_what_was_not_merged_is_refused_and_changes_nothing(variant: str) -> None:
+    model = with_lora(**VARIANTS[variant])
+    attached = model.get_mixin("lora")
+    refuse_unmerging(model, "other", attached, sat.HookDefinitionError, "'other' was not merged, or was unmerged")
+    mixin = model.del_mixin("lora")
+    refuse_unmerging(model, "lora", mixin, sat.HookDefinitionError, "give what merge_mixin returned, once")
+    refuse_unmerging(model, "lora", {"decoder": mixin}, sat.HookDefinitionError, "was not merged into this model")
+    refuse_unmerging(model, "lora", None, sat.HookDefinitionError, r"'lora' \(NoneType\) cannot be merged")
+    refuse_unmerging(tiny_model("t5"), "lora", {}, sat.HookDefinitionError, "was not merged into this model")
+
+
+def test_what_was_merged_is_unmerged_once_and_copies_know_that_they_were_merged() -> None:
+    model = with_lora()
+    adapted, removed = logits(model), sat.merge_mixin(model, "lora")
+    assert isinstance(removed, sat.LoRAMixin)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(removed)))
+    sat.unmerge_mixin(model, "lora", again)
+    close(logits(model), adapted)
+    model.del_mixin("lora")
+    refuse_unmerging(model, "lora", again, sat.HookDefinitionError, "was unmerged already")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_an_unmerge_that_cannot_add_the_mixin_changes_no_weight(family: str) -> None:
+    model = with_lora(family)
+    removed = sat.merge_mixin(model, "lora")
+    model.add_mixin("taken", sat.BitFitMixin.for_model(model))
+    refuse_unmerging(model, "taken", removed, sat.HookConflictError, "there is a mixin 'taken' already")
+    refuse_unmerging(model, "other name", removed, sat.HookDefinitionError, "use letters, digits, '_' and '-' only")
+    refuse_unmerging(model, "keys", removed, sat.HookDefinitionError, "has a meaning of its own")
+    model.add_mixin("back", removed)
+    refuse_unmerging(model, "lora", removed, sat.HookConflictError, "is the very mixin that is here as 'back'")
+
+
+def test_a_row_that_dora_made_zero_is_lost() -> None:
+    model = with_lora(dora=True)
+    with torch.no_grad():
+        change_of(model, "layers.0.attention.query").magnitude[3] = 0
+    removed = sat.merge_mixin(model, "lora")
+    refuse_unmerging(model, "lora", removed, sat.HookDefinitionError, "DoRA cannot be unmerged")
 
 
 # Errors
@@ -433,6 +503,16 @@ def test_unmerging_what_was_not_merged_is_refused_and_changes_nothing() -> None:
         ({"rank": 4}, r"unknown field 'rank'"),
         ({"r": 0, "dropout": 1.0, "lr_ratio": -1.0}, r"(?s)3 problems.*r: 0 is no rank.*dropout=1.0.*lr_ratio"),
         ({"rank_pattern": {"query": 1.5}}, r"query: 1.5 is no rank"),
+        ({"alpha": 0}, r"alpha: 0 is no scale: it must be positive and finite"),
+        ({"alpha": -1.0, "init": "pissa"}, r"alpha: -1.0 is no scale"),
+        ({"alpha": math.inf}, r"alpha: inf is no scale"),
+        ({"alpha": math.nan}, r"alpha: nan is no scale"),
+        ({"alpha_pattern": {"query": -2.0}}, r"query: -2.0 is no scale"),
+        ({"rank_pattern": {"mlp.up": 4}}, r"rank_pattern: 'mlp.up' matches no projection that `targets` and `layers`"),
+        ({"alpha_pattern": {"layers.0.query": 2.0}, "layers": [1]}, r"alpha_pattern: 'layers.0.query' matches no pro"),
+        ({"rank_pattern": {"{query,key}": 4}}, r"rank_pattern: 'key', of '\{query,key\}', matches no projection that"),
+        ({"targets": "mlp.{up,dwn}"}, r"'mlp.dwn', of 'mlp.\{up,dwn\}', matches no projection. Did you mean 'mlp.d"),
+        ({"targets": "layers.{1..0}.query"}, r"'layers.\{1..0\}.query' is a range of nothing"),
         ({"targets": ()}, r"targets is empty"),
         ({"alpha": "16"}, r"alpha='16' is not float"),
         ({"init": "random-ish"}, r"init='random-ish' is not one of 'random', 'pissa', 'olora'"),

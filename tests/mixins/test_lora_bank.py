@@ -1,5 +1,7 @@
 """Several adapters in one model: for each call, for each row, and weighted."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 import swissarmy as sat
 from swissarmy.core.errors import ConfigError
 from swissarmy.testing import tiny_inputs, tiny_model
+from tests.mixins.method_cases import check_saving
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "math": {"r": 3, "targets": "attention.*"},
@@ -126,6 +129,12 @@ def test_experts_take_an_adapter_for_the_call_and_refuse_rows() -> None:
     [
         ({"adapter": "mth"}, r"no adapter 'mth'. Did you mean 'math'\? There are: math, code, chat"),
         ({"adapter": {"math": 1.0, "cod": 1.0}}, r"no adapter 'cod'"),
+        ({"adapter": {0: 1.0}}, r"no adapter '0'. There are: math, code, chat"),
+        ({"adapter": ["math", "code"]}, r"adapter is \['math', 'code'\]; it is a name, or weights by name"),
+        ({"adapter": 0}, r"adapter is 0; it is a name.*There are: math, code, chat. adapter_ids=tensor"),
+        ({"adapter": {"math": "x"}}, r"the weight of 'math' is 'x'; it must be a finite number"),
+        ({"adapter": {"math": math.nan}}, r"the weight of 'math' is nan"),
+        ({"adapter": {"math": -math.inf}}, r"the weight of 'math' is -inf"),
         ({"adapter": "math", "adapter_ids": torch.tensor([0, 1])}, r"give one of them"),
         ({"adapter_ids": torch.tensor([0, 1, 2])}, r"adapter_ids has 3 rows, and attention.query is given \[2, 9"),
         ({"adapter_ids": torch.tensor([0.0, 1.0])}, r"it is a tensor \[b\] with an adapter's number"),
@@ -149,11 +158,16 @@ def test_what_no_sum_expresses_is_not_bundled() -> None:
     assert {"math", "turned"} <= set(model.mixins)
 
 
+def test_a_bank_whose_targets_are_in_one_part_only_is_loaded_again(tmp_path: Path) -> None:
+    check_saving(tmp_path / "t5", "t5", sat.LoRABankMixin, adapters=("a",), targets=("cross_attention.query", "up"))
+
+
 def test_bad_options_are_named() -> None:
     for options, message in (
         ({"adapters": ("a", "a")}, "each once"),
         ({"adapters": (), "r": 0}, "2 problems"),
         ({"adapters": ("a",), "targets": ("quer",)}, "targets: 'quer' matches no projection"),
+        ({"adapters": ("a",), "targets": ()}, "targets is empty"),
     ):
         with pytest.raises(ConfigError, match=message):
             sat.LoRABankMixin.for_model(tiny_model("gpt2"), **options)

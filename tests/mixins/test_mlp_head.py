@@ -30,10 +30,12 @@ def test_it_is_an_mlp_over_each_token(bias: bool) -> None:
     torch.testing.assert_close(model(tiny_ids())[0], third(act(second(act(first(last))))))
 
 
-def test_one_size_is_a_linear_head() -> None:
+@pytest.mark.parametrize("output_sizes", [[4], 4], ids=str)
+def test_one_size_is_a_linear_head(output_sizes: Any) -> None:
     model = tiny_backbone()
     last = hidden_states(model)
-    mixin = randomise(sat.MLPHeadMixin.for_model(model, output_sizes=[4]))
+    mixin = randomise(sat.MLPHeadMixin.for_model(model, output_sizes=output_sizes))
+    assert mixin.saved_options["output_sizes"] == [4]
     model.add_mixin("head", mixin)
     torch.testing.assert_close(model(tiny_ids())[0], mixin.projections[0](last))
 
@@ -58,7 +60,10 @@ def test_it_is_saved_and_made_again(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"output_sizes": ()}, "output_sizes is empty"),
-        ({"output_sizes": (3, 0)}, "output_sizes: 0 must be at least 1"),
+        ({"output_sizes": (3, 0)}, r"output_sizes\[1\]=0 must be a whole number, at least 1"),
+        ({"output_sizes": (2.5,)}, r"output_sizes\[0\]=2.5 must be a whole number"),
+        ({"output_sizes": "3"}, r"output_sizes\[0\]='3' must be a whole number"),
+        ({"output_sizes": None}, r"output_sizes\[0\]=None must be a whole number"),
         ({"output_sizes": (3,), "activation": "tnah"}, "Did you mean 'tanh'"),
     ],
 )

@@ -46,7 +46,16 @@ def test_it_is_loaded_again(encoder: str, tmp_path: Path) -> None:
     check_saving(tmp_path / "model", "t5", sat.PTuningMixin, prompt_len=2, encoder=encoder, encoder_size=5)
 
 
-@pytest.mark.parametrize("options", [{"encoder": "gru"}, {"encoder_size": 0}], ids=str)
-def test_bad_options_are_named(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="'mlp' or 'lstm', of at least 1"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "lst"}, r"encoder='lst' is unknown. Did you mean 'lstm'\? There are: 'mlp', 'lstm'"),
+        ({"encoder": 3}, "encoder=3 is unknown"),
+        ({"encoder_size": 0}, "encoder_size=0 must be a whole number, at least 1"),
+        ({"encoder_size": 2.5}, "encoder_size=2.5 must be a whole number"),
+        ({"prompt_len": "3"}, "prompt_len='3' must be a whole number"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         sat.PTuningMixin.for_model(tiny_model("gpt2"), **options)

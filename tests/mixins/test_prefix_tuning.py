@@ -56,7 +56,9 @@ def test_positions_that_a_prefix_takes_are_counted_in_a_models_length() -> None:
         sat.fill_sequence(model, [torch.tensor([1, 2, -1, -1, -1, -1]), torch.tensor([1, -1])])
 
 
-@pytest.mark.parametrize("options", [{"prefix_len": 0}, {"encoder_size": 0}], ids=str)
-def test_sizes_that_are_none_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="must be at least 1"):
+@pytest.mark.parametrize("name", ["prefix_len", "encoder_size"])
+@pytest.mark.parametrize("size", [0, 2.5, "3", True])
+def test_sizes_that_are_none_are_refused(name: str, size: Any) -> None:
+    options = {name: size}
+    with pytest.raises(ConfigError, match=f"PrefixTuningMixin: {name}={size!r} must be a whole number, at least 1"):
         sat.PrefixTuningMixin.for_model(tiny_model("gpt2"), **options)

@@ -119,8 +119,9 @@ def test_it_is_loaded_again(family: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     model = tiny_model("gpt2")
-    with pytest.raises(ConfigError, match="prompt_len=0 must be at least 1"):
-        sat.PromptTuningMixin.for_model(model, prompt_len=0)
+    for prompt_len in (0, 2.5):
+        with pytest.raises(ConfigError, match=f"prompt_len={prompt_len} must be a whole number, at least 1"):
+            sat.PromptTuningMixin.for_model(model, prompt_len=prompt_len)
     mixin = sat.PromptTuningMixin.for_model(model)
     with pytest.raises(ConfigError, match="must be tokens of a vocabulary of 61"):
         mixin.start_from(model.transformer.word_embeddings, [61])
