@@ -1,6 +1,5 @@
 """`sat merge`: adapters into the weights of their model, for those who want one plain checkpoint."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, final
@@ -36,13 +35,14 @@ def run(options: MergeOptions) -> int:
     from swissarmy.backbone.merging import MergeableMixin, merge_mixin
     from swissarmy.backbone.model import every_mixin
     from swissarmy.interop.adapter import load_adapter
+    from swissarmy.interop.convert import write_companions
     from swissarmy.interop.load import load, open_checkpoint, stored_dtype
     from swissarmy.interop.mixin_folder import added_mixins
     from swissarmy.interop.safe_write import write_folder
     from swissarmy.interop.save import save_pretrained
 
     with output.console(stderr=True).status(f"merging into {options.base}"):
-        _, source, _ = open_checkpoint(options.base)
+        _, source, where = open_checkpoint(options.base)
         dtype = stored_dtype(source) if options.dtype is None else getattr(torch, options.dtype)
         model = load(options.base, dtype=torch.promote_types(dtype, torch.float32))
         if options.adapter is None:
@@ -59,21 +59,9 @@ def run(options: MergeOptions) -> int:
             merge_mixin(model, name)
         with write_folder(options.output, manifest=False) as folder:
             save_pretrained(model.to(dtype), folder)
-            copy_companions(options.base, folder)
+            write_companions(options.base, where, folder)
     print(options.output)
     return DONE
-
-
-def copy_companions(base: str, folder: Path) -> None:
-    """Tokenizer, chat template and generation settings, as they are; what is inside a `.gguf` stays there."""
-    from swissarmy.interop.convert import COMPANIONS
-    from swissarmy.interop.hub import resolve
-    from swissarmy.interop.load import PATTERNS
-
-    root = resolve(base, PATTERNS)
-    for name in COMPANIONS:
-        if (root / name).is_file():
-            shutil.copyfile(root / name, folder / name)
 
 
 COMMAND = Command(

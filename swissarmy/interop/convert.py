@@ -77,8 +77,7 @@ def convert(
             f"{where}: this is the plain backbone of this library, which transformers does not have; sat.load reads it"
         )
     folder = Path(where).parent
-    is_gguf = path.endswith(".gguf")
-    added = {} if is_gguf else stored_mixins(folder)
+    added = {} if path.endswith(".gguf") else stored_mixins(folder)
     if added and not drop_mixins:
         raise CheckpointError(
             f"{folder} holds mixins beside the model, which transformers cannot read: {', '.join(added)}. Merge them "
@@ -87,7 +86,7 @@ def convert(
     model = load(path, dtype=dtype, allow_missing=[pattern for name in added for pattern in _patterns(name)])
     with write_folder(target, manifest=False) as temporary:
         save_pretrained(model, temporary)
-        companions = _write_tokenizer(path, temporary) if is_gguf else _copy_companions(folder, temporary)
+        companions = write_companions(path, where, temporary)
     return Conversion(
         target=str(Path(os.path.realpath(target))),
         family=model.source.config.model_type,
@@ -102,6 +101,20 @@ def convert(
 def _patterns(mixin: str) -> tuple[str, ...]:
     """What matches a mixin and its tensors, in the model or in a part of it."""
     return f"mixins.{mixin}", f"mixins.{mixin}.*", f"parts.*.mixins.{mixin}", f"parts.*.mixins.{mixin}.*"
+
+
+def write_companions(path: str, where: str, target: Path) -> tuple[str, ...]:
+    """Put what belongs to a checkpoint beside its weights into a folder: tokenizer, chat template, settings.
+
+    Args:
+        path: The checkpoint, as people name it.
+        where: What `open_checkpoint` says of it.
+        target: The folder.
+
+    Returns:
+        The names of the files.
+    """
+    return _write_tokenizer(path, target) if path.endswith(".gguf") else _copy_companions(Path(where).parent, target)
 
 
 def _copy_companions(source: Path, target: Path) -> tuple[str, ...]:
