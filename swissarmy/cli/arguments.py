@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +29,25 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> Options:
         values = {} if path is None else _config_values(path, command)
     except ConfigError as error:
         raise UsageError(str(error)) from error
+    _check_given_once(arguments, command)
     arguments = _spread(arguments, command.repeatable)
     for flag in {argument.split("=")[0] for argument in arguments}.intersection(command.repeatable):
         values.pop(flag.removeprefix("--").replace("-", "_"), None)  # the flag parser would add to it
     return parse_over(command.options_class, values, arguments, prog=f"sat {name}", description=_description(command))
+
+
+def _check_given_once(arguments: Sequence[str], command: Command) -> None:
+    """Refuse a flag of several values that comes twice: the second would take the place of the first.
+
+    Raises:
+        UsageError: With how to give them.
+    """
+    hints = typing.get_type_hints(command.options_class)
+    times = Counter(argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+    for flag, count in times.items():
+        kind = hints.get(flag.removeprefix("--").replace("-", "_"))
+        if count > 1 and flag not in command.repeatable and typing.get_origin(kind) is tuple:
+            raise UsageError(f"{flag} is given {count} times: give all its values after one, {flag} A B.")
 
 
 def parse_over(

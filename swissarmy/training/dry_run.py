@@ -27,6 +27,7 @@ from swissarmy.backbone.parameters import freeze_except
 from swissarmy.backbone.plan import layer_units
 from swissarmy.core.config import report
 from swissarmy.core.errors import SwissArmyError
+from swissarmy.data.loading.loader import sharing_problems
 from swissarmy.nn.shared_axes import CONTEXT, TENSOR
 from swissarmy.nn.token_losses import LOGITS_AT_ONCE
 from swissarmy.training.config import TrainConfig
@@ -111,6 +112,7 @@ def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int) ->
     report("the parallel plan:", (*plan_problems(config, configs, world_size), *_not_counted(config)))
     data_size = world_size // config.sharing_size
     sizes = config.batch_sizes(data_size)
+    report("the batch:", sharing_problems(sizes.global_batch_size, sizes.accumulation, data_size))
     samples = sizes.global_batch_size // (data_size * sizes.accumulation)
     length = config.sequence_length or configs[-1].max_sequence_length
     if config.trainable:

@@ -265,3 +265,16 @@ def test_weights_are_held_in_the_precision_that_is_asked_for(
         return count
 
     assert parameters() == 2 * parameters("--dtype", "bfloat16") == parameters("--dtype", "float32")
+
+
+def test_a_flag_of_several_values_that_comes_twice_is_refused(sat: Any, flags: list[object], text: Path) -> None:
+    code, _, err = sat(*flags, "--train-data", text)
+    assert code == 2
+    assert "--train-data is given 2 times: give all its values after one, --train-data A B." in " ".join(err.split())
+
+
+def test_a_dry_run_says_which_batches_cannot_be_shared(sat: Any, flags: list[object]) -> None:
+    sizes = ("--global-batch-size", 9, "--dry-run", "--world-size", 2)
+    code, _, err = sat(*flags[:-4], "--train-iters", 3, "--accumulation", 1, *sizes)
+    assert code == 2
+    assert "global_batch_size=9 cannot be shared by 2 ranks in 1 micro-batches; 8 or 10 can." in " ".join(err.split())

@@ -231,16 +231,10 @@ def _problems(
 ) -> Iterator[str]:
     for stranger in strangers:
         yield f"{type(stranger).__name__} is neither a source nor a stream; `as_source` makes one of a dataset."
-    slices = layout.world_size * layout.accumulation
     if min(layout.global_batch_size, layout.accumulation, layout.world_size) < 1:
         yield f"global_batch_size, accumulation and world_size must be at least 1: {layout}."
-    elif layout.global_batch_size % slices:
-        below = layout.global_batch_size // slices * slices
-        near = f"{below} or {below + slices}" if below else str(slices)
-        yield (
-            f"global_batch_size={layout.global_batch_size} cannot be shared by {layout.world_size} ranks in "
-            f"{layout.accumulation} micro-batches; {near} can."
-        )
+    else:
+        yield from sharing_problems(layout.global_batch_size, layout.accumulation, layout.world_size)
     if not 0 <= layout.rank < max(layout.world_size, 1):
         yield f"rank={layout.rank} is none of 0 to {layout.world_size - 1}."
     if order.num_samples is not None and layout.accumulation != 1:
@@ -273,6 +267,18 @@ def _next(fetched: Iterator[Fetched]) -> Fetched:
     except RuntimeError as error:  # what torch raises for a worker that died or hangs
         traceback.clear_frames(error.__traceback__)
         return Fetched(None, [], LoaderError(str(error)))
+
+
+def sharing_problems(global_batch_size: int, accumulation: int, world_size: int) -> Iterator[str]:
+    """A line if a global batch does not divide evenly."""
+    slices = world_size * accumulation
+    if global_batch_size % slices:
+        below = global_batch_size // slices * slices
+        near = f"{below} or {below + slices}" if below else str(slices)
+        yield (
+            f"global_batch_size={global_batch_size} cannot be shared by {world_size} ranks in {accumulation} "
+            f"micro-batches; {near} can."
+        )
 
 
 def _end_with_parent(worker: int) -> None:

@@ -6,7 +6,8 @@ called on every rank, in the order of the list, at the same step: what they deci
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -161,7 +162,7 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "best_loss": self.best_loss,
             "spikes": self.spikes.state_dict(),
-            "callbacks": {type(each).__name__: state for each in self.callbacks if (state := each.state_dict())},
+            "callbacks": {name: state for name, each in self._named_callbacks() if (state := each.state_dict())},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,9 +170,17 @@ class Run:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.best_loss = state["best_loss"]
         self.spikes.load_state_dict(state["spikes"])
-        for callback in self.callbacks:
-            if (own := state["callbacks"].get(type(callback).__name__)) is not None:
+        for name, callback in self._named_callbacks():
+            if (own := state["callbacks"].get(name)) is not None:
                 callback.load_state_dict(own)
+
+    def _named_callbacks(self) -> Iterator[tuple[str, "Callback"]]:
+        """Each callback by its class; the second of a class has its number too."""
+        seen = Counter[str]()
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name} {seen[name]}"), callback
 
 
 class Callback:
