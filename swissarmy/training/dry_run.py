@@ -188,7 +188,7 @@ def _spread(config: TrainConfig, model: Model) -> tuple[dict[str, int], int]:
 def _optimizer_bytes(config: TrainConfig, model: Model) -> int:
     """What the optimizer keeps after a step, which is taken on tensors without values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+        _without_values(model)
         optimizer = make_optimizer(model, config)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -245,7 +245,8 @@ def _run_layers(config: TrainConfig, build: Callable[[], Model], samples: int, l
         model.enable_activation_checkpointing(config.checkpoint_every_layers, selective=selective)
     mesh = shared_mesh(make_mesh(config, "cpu"), config) if config.sharing_size > 1 else None
     with FakeTensorMode(allow_non_fake_inputs=True), plain_tensors_are_whole(), _Watch(mesh) as watch:
-        model.to_empty(device="cpu").train()
+        _without_values(model)
+        model.train()
         if mesh is not None:
             share_samples(
                 model,
@@ -260,6 +261,25 @@ def _run_layers(config: TrainConfig, build: Callable[[], Model], samples: int, l
         kept = watch.alive - before
         torch.autograd.backward(loss)
     return _Trace(kept - (watch.cast if config.shard > 1 else 0), watch.exchanged)
+
+
+def _without_values(model: Model) -> None:
+    """Put tensors of the CPU in the place of those on the meta device, shared ones once; to be called in fake mode.
+
+    `to_empty` meets what two parts share again, and then tries to swap tensors, which cannot be while anything knows
+    of them.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ):
+            if tensor not in made:
+                empty = torch.empty_like(tensor, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, made[tensor])
 
 
 def _inputs(model: Model, samples: int, length: int) -> dict[str, Any]:
