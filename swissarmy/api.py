@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     from swissarmy.training.steps.labels import classification_step, image_classification_step
     from swissarmy.training.steps.tokens import blank_infilling_step, causal_lm_step, masked_lm_step, seq2seq_step
     from swissarmy.training.train import TrainResult, train
+    from swissarmy.training.window import nats_per_token
 
 _OF_TRAINING = {
     "Callback": "callbacks.base",
@@ -119,6 +120,7 @@ _OF_TRAINING = {
     "distillation_step": "steps.distillation",
     "image_classification_step": "steps.labels",
     "masked_lm_step": "steps.tokens",
+    "nats_per_token": "window",
     "seq2seq_step": "steps.tokens",
     "train": "train",
 }
@@ -275,6 +277,7 @@ __all__ = [
     "load_tokenizer",
     "masked_lm_step",
     "merge_mixin",
+    "nats_per_token",
     "non_conflict",
     "objective_collator",
     "open_source",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -16,7 +16,15 @@ from swissarmy.data.loading.loader import Loader
 from swissarmy.generation.eval_mode import in_eval_mode
 from swissarmy.training.precision import PrecisionOptions, autocast
 from swissarmy.training.ranks import Ranks
-from swissarmy.training.window import Accumulator, ForwardStep, Sums, call_step, samples_of, to_device
+from swissarmy.training.window import (
+    Accumulator,
+    ForwardStep,
+    Sums,
+    call_step,
+    is_in_nats_per_token,
+    samples_of,
+    to_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,11 @@ def evaluate(
     return totals.sums()
 
 
+def has_samples(loader: Loader | None) -> TypeGuard[Loader]:
+    """Whether there is something to evaluate on."""
+    return loader is not None and bool(loader.batches.order.num_samples)
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of gathered parameters. Without a backward pass they stay, and hide what is done to the shards."""
     for module in model.modules():
@@ -89,11 +102,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def perplexity(sums: Sums) -> float | None:
-    """The exponential of a loss per token; `None` where no more is counted than samples, as with classes."""
-    if sums.count <= sums.samples:
+def perplexity(forward_step: ForwardStep, sums: Sums) -> float | None:
+    """The exponential of a loss in nats per token; `None` where the forward step does not say that it is one."""
+    if not is_in_nats_per_token(forward_step):
         return None
-    return math.exp(sums.mean_loss) if sums.mean_loss < 700 else math.inf
+    return math.inf if sums.mean_loss >= 700 else math.exp(sums.mean_loss)
 
 
 def _with_stand_ins(batches: Iterator[Any], ranks: Ranks) -> Iterator[tuple[Any, bool]]:

@@ -17,7 +17,7 @@ from swissarmy.training.gradients import clip_factor
 from swissarmy.training.optimizer import set_learning_rate, take_step
 from swissarmy.training.schedule import learning_rate
 from swissarmy.training.spikes import TrainingError
-from swissarmy.training.window import Window, run_window
+from swissarmy.training.window import Accumulator, Window, run_window
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def train_steps(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> Non
 
     loader = run.loaders.train
     assert loader is not None, "a run has data to train on"
-    batches = iter(loader)
+    batches, totals = iter(loader), Accumulator(run.ranks)
 
     while not run.is_last_step:
         began = time.perf_counter()
@@ -51,7 +51,7 @@ def train_steps(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> Non
             accumulation=loader.batches.layout.accumulation,
             precision=run.config,
             scaler=run.scaler,
-            ranks=run.ranks,
+            totals=totals,
             flags=flags,
         )
         run.step += 1

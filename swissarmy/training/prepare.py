@@ -22,6 +22,7 @@ from swissarmy.data.samples.examples import Encoder
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.interop.save import check_savable
 from swissarmy.training.config import TrainConfig
+from swissarmy.training.evaluate import has_samples
 from swissarmy.training.parallel.materialize import Weights, materialize
 from swissarmy.training.parallel.mesh import check_plan
 from swissarmy.training.parallel.parallelize import parallelize
@@ -41,7 +42,7 @@ def make_loaders(
     """The loaders of this rank.
 
     Raises:
-        ConfigError: Sizes, data, tokenizer and model do not fit each other.
+        ConfigError: Sizes, data, tokenizer and model do not fit each other, or there is nothing to evaluate on.
         DataError: Data cannot be read.
     """
     sizes = config.batch_sizes(ranks.data_size)
@@ -62,6 +63,9 @@ def make_loaders(
         collate=collate,
     )
     assert loaders.train is not None, "the config refuses a run without train data"
+    if (config.eval_on_start or config.eval_interval is not None) and not has_samples(loaders.valid):
+        setting = "eval_on_start" if config.eval_interval is None else "eval_interval"
+        raise ConfigError(f"there is nothing to evaluate on: give valid_data or split, or leave out {setting}.")
     return loaders
 
 

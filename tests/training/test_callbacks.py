@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
 from swissarmy.training.callbacks.early_stop import EarlyStop
-from tests.training.tiny_runs import Diary, run, with_nan_in
+from tests.training.tiny_runs import Diary, run, step, with_nan_in
 
 
 def test_the_order_of_a_run(tmp_path: Path) -> None:
@@ -96,6 +97,33 @@ def test_a_run_that_no_longer_gets_better_ends(tmp_path: Path) -> None:
     assert len(losses) == result.step < 50
     assert min(losses) == losses[-4]
     assert result.stop_reason == f"3 evaluations without a loss below {min(losses):.6g}"
+
+
+def test_losses_that_are_no_numbers_are_not_lower(tmp_path: Path) -> None:
+    def broken(batch: Any, model: Any) -> Any:
+        loss, *rest = step(batch, model)
+        return (loss if model.training else loss * torch.nan, *rest)
+
+    settings: dict[str, Any] = {"valid_data": ("rows:5",), "eval_interval": 1, "early_stopping": 2}
+    result = run(tmp_path / "run", forward_step=broken, train_iters=9, **settings)
+    assert (result.step, result.stop_reason) == (2, "2 evaluations without a loss that is a number")
+
+
+def test_callbacks_of_one_class_keep_their_own_states(tmp_path: Path) -> None:
+    class Named(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = self.loaded = name
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"name": self.name}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.loaded = state["name"]
+
+    run(tmp_path / "run", callbacks=[Named("a"), Named("b")], save_interval=1, train_iters=1)
+    resumed = [Named("c"), Named("d")]
+    run(tmp_path / "run", callbacks=resumed, save_interval=1, train_iters=2, resume="must")
+    assert [each.loaded for each in resumed] == ["a", "b"]
 
 
 def test_early_stopping_goes_on_counting_after_a_checkpoint() -> None:

@@ -2,17 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from swissarmy.data.build import build_loaders
 from swissarmy.data.config import DataConfig
 from swissarmy.data.loading.loader import Loader
 from swissarmy.training.evaluate import evaluate, perplexity
+from swissarmy.training.steps import STEPS
+from swissarmy.training.steps.distillation import distillation_step
 from tests.training.tiny_runs import Diary, model_of, open_rows, run, step
 
 
@@ -55,13 +58,18 @@ def test_dropout_is_off_inside_and_on_again_afterwards() -> None:
     assert model.training
 
 
-def test_perplexity_is_of_losses_per_token_only() -> None:
-    def per_sample(batch: dict[str, Tensor], model: Any) -> Any:
-        return step(batch, model)[0], len(batch["input_ids"])
-
+def test_perplexity_is_of_losses_in_nats_per_token_only() -> None:
     sums = evaluate(model_of(), loader_of(), step)
-    assert perplexity(sums) == pytest.approx(math.exp(sums.loss / sums.count))
-    assert perplexity(evaluate(model_of(), loader_of(), per_sample)) is None
+    assert perplexity(step, sums) == pytest.approx(math.exp(sums.loss / sums.count))
+    assert perplexity(partial(step), sums) == perplexity(step, sums)
+    assert perplexity(lambda batch, model: step(batch, model), sums) is None
+    assert perplexity(partial(distillation_step, temperature=3.0), sums) is None
+    assert [name for name, each in STEPS.items() if perplexity(each, sums) is None] == [
+        "classification",
+        "image_classification",
+    ]
+    assert perplexity(step, replace(sums, loss=1e6)) == math.inf
+    assert math.isnan(perplexity(step, replace(sums, loss=math.nan)) or 0)
 
 
 def test_an_evaluation_that_nothing_counts_in_has_sums_of_zero() -> None:

@@ -79,6 +79,25 @@ class SignalItself(Callback):
 def on_two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     broken = with_nan_in({2}) if rank == 1 else step
 
+    def with_metrics(*names: str, later: tuple[str, ...] = ()) -> Callable[..., Any]:
+        calls = 0
+
+        def measured(batch: dict[str, Tensor], model: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            loss, count, _ = step(batch, model)
+            return loss, count, {name: (len(name), 1) for name in (later if later and calls == 2 else names)}
+
+        return measured
+
+    def metrics_of(forward_step: Callable[..., Any]) -> Any:
+        diary = Diary()
+        run(folder / "metrics", forward_step=forward_step, callbacks=[diary], train_iters=1)
+        return diary.reports[0].metrics
+
+    def refused_metrics(name: str, forward_step: Callable[..., Any]) -> str:
+        return refused(lambda: run(folder / name, forward_step=forward_step))
+
     def start(create_dataset: CreateDataset) -> None:
         train(model_of(), step, create_dataset, config_for(folder / "refused"))
 
@@ -96,6 +115,9 @@ def on_two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "other_start": outcome(folder / "other_start", model=model_of(seed=rank)),
         "nan": outcome(folder / "nan", forward_step=broken),
         "terminated": outcome(folder / "terminated", callbacks=[SignalItself()], train_iters=9),
+        "metrics": metrics_of(with_metrics(*(("a", "bb") if rank == 0 else ("bb", "a")))),
+        "other_metrics": refused_metrics("other", with_metrics(*(("a", "bb") if rank == 0 else ("a",)))),
+        "later_metrics": refused_metrics("later", with_metrics("a", later=("bb",) if rank == 1 else ())),
         "config": refused(lambda: run(folder / "config", lr=1e-3 * (1 + rank))),
         "data": refused(lambda: start(lambda path, config: open_rows("rows:40", config) if rank == 0 else Rows(39))),
         "model": refused(lambda: run(folder / "model", model=model_of(n_embd=32 + 32 * rank))),
@@ -143,6 +165,18 @@ def test_nan_on_one_rank_skips_the_step_on_both(both: list[dict[str, Any]]) -> N
         assert [(step, reason) for step, reason, _ in each["skipped"]] == [(2, "the loss is nan")]
         assert all(bool(torch.isfinite(weight).all()) for weight in each["weights"].values())
     assert largest_difference(both[0]["nan"]["weights"], both[1]["nan"]["weights"]) == 0
+
+
+def test_metrics_are_added_up_by_name(both: list[dict[str, Any]]) -> None:
+    assert [each["metrics"] for each in both] == [{"a": 1, "bb": 2}] * 2
+
+
+def test_metrics_that_not_all_ranks_have_are_refused_on_all(both: list[dict[str, Any]]) -> None:
+    expected = "the metrics that forward_step gives: metric 'bb' is 'given' on rank 0 and absent on rank 1"
+    assert [each["other_metrics"] for each in both] == [f"the ranks do not agree on {expected}"] * 2
+    own = "forward_step gave the metrics ['bb'], and before ['a']: give all always"
+    assert both[1]["later_metrics"].startswith(own)
+    assert both[0]["later_metrics"].startswith(f"other ranks failed: rank 1: ConfigError: {own}")
 
 
 def test_a_signal_to_one_rank_ends_both_after_the_same_step(both: list[dict[str, Any]]) -> None:

@@ -19,9 +19,10 @@ from swissarmy.core.errors import CheckpointError
 from swissarmy.data.loading.loader import FingerprintError
 from swissarmy.testing import run_distributed
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
+from swissarmy.training.train import TrainResult
 from tests.training.resumable_runs import STEPS, in_a_child, killed_run, outcome, random_run
 from tests.training.survives import sweep
-from tests.training.tiny_runs import largest_difference, model_of, run, step
+from tests.training.tiny_runs import Diary, largest_difference, model_of, run, step
 
 
 class At(Callback):
@@ -36,13 +37,13 @@ class At(Callback):
 
 
 def sent(number: int) -> Callable[[Any, Any], Any]:
-    """A forward step that gets a signal in its fifth call, which is in the third step."""
+    """A forward step that gets a signal in its fifth call in training, which is in the third step."""
     calls = 0
 
     def interrupted(batch: Any, model: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == 5:
+        calls += model.training
+        if model.training and calls == 5:
             os.kill(os.getpid(), number)
         return step(batch, model)
 
@@ -96,6 +97,61 @@ def test_a_finished_run_that_is_resumed_changes_nothing(whole: Path) -> None:
     before = outcome(whole)
     result = random_run(whole)
     assert (result.step, outcome(whole)) == (STEPS, before)
+
+
+# What was due when the signal came
+
+
+EVALUATED: dict[str, Any] = {"valid_data": ("rows:5",), "test_data": ("rows:3",), "eval_interval": 1}
+
+
+def entries_of(folder: Path, **options: Any) -> tuple[list[str], TrainResult]:
+    """What a run that may be broken off evaluates, and how it ends."""
+    diary = Diary()
+    result = random_run(folder, callbacks=[diary], **EVALUATED, **options)
+    return [each for each in diary.entries if each.startswith(("valid", "test"))], result
+
+
+def evaluations_in(folder: Path) -> list[tuple[int, str, float]]:
+    """What the metrics of a run have of them."""
+    records = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [(each["step"], each["name"], each["loss"]) for each in records if each["kind"] == "evaluation"]
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_what_was_to_be_evaluated_when_a_signal_came_is_made_up_for(length: int, tmp_path: Path) -> None:
+    expected, whole = entries_of(tmp_path / "whole", train_iters=length)
+    before, broken = entries_of(tmp_path / "run", train_iters=length, forward_step=sent(signal.SIGTERM))
+    after, resumed = entries_of(tmp_path / "run", train_iters=length)
+    assert broken.step == 3
+    assert before + after == expected
+    assert [each.loss for each in resumed.evaluations.values()] == [each.loss for each in whole.evaluations.values()]
+    assert resumed.loss == whole.loss
+    again, finished = entries_of(tmp_path / "run", train_iters=length)
+    assert again == (after if length == 3 else [])  # the third step was saved before it was evaluated
+    assert finished.loss == resumed.loss
+    assert evaluations_in(tmp_path / "run") == evaluations_in(tmp_path / "whole")
+
+
+def test_a_run_that_was_to_stop_early_when_a_signal_came_stops_where_it_would_have(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"early_stopping": 2, "lr": 10.0, "clip_grad_norm": None, "ema_decay": None}
+    expected, whole = entries_of(tmp_path / "whole", **settings)
+    assert (whole.step, whole.stop_reason and whole.stop_reason[:13]) == (3, "2 evaluations")
+    before, broken = entries_of(tmp_path / "run", **settings, forward_step=sent(signal.SIGTERM))
+    assert (broken.step, broken.signal) == (3, signal.SIGTERM)
+    after, resumed = entries_of(tmp_path / "run", **settings)
+    assert before + after == expected
+    assert (resumed.step, resumed.stop_reason) == (whole.step, whole.stop_reason)
+
+
+def test_a_run_that_stopped_early_goes_on_only_with_more_patience(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"lr": 10.0, "clip_grad_norm": None, "ema_decay": None}
+    _, stopped = entries_of(tmp_path / "run", early_stopping=2, **settings)
+    assert stopped.step == 3
+    again, same = entries_of(tmp_path / "run", early_stopping=2, **settings)
+    assert (again, same.step, same.stop_reason) == ([], 3, stopped.stop_reason)
+    _, more = entries_of(tmp_path / "run", early_stopping=3, **settings)
+    assert more.step > 3
 
 
 # What changed meanwhile

@@ -15,7 +15,7 @@ from swissarmy.data.samples.examples import Examples
 from swissarmy.data.sources.wrapped import as_source
 from swissarmy.training.precision import LossScaler, PrecisionOptions
 from swissarmy.training.ranks import Ranks
-from swissarmy.training.window import Window, call_step, run_window, sample_ids_of, samples_of, tokens_of
+from swissarmy.training.window import Accumulator, Window, call_step, run_window, sample_ids_of, samples_of, tokens_of
 from tests.training.tiny_runs import Rows, largest_difference, model_of, step
 
 SAMPLES = Examples(as_source(Rows()), TokensEncoder())
@@ -34,7 +34,7 @@ def window_of(model: Model, sizes: Sequence[int], forward_step: Any = step) -> t
         accumulation=len(sizes),
         precision=precision,
         scaler=LossScaler(precision),
-        ranks=Ranks(),
+        totals=Accumulator(Ranks()),
     )
     gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     return window, gradients
@@ -87,13 +87,40 @@ def test_metrics_must_be_the_same_in_all_micro_batches() -> None:
         window_of(model_of(), [4, 3], capricious)
 
 
+def test_the_order_of_metrics_is_no_matter() -> None:
+    def capricious(batch: dict[str, Tensor], model: Any) -> Any:
+        loss, count, _ = step(batch, model)
+        pairs = [("one", (1, 1)), ("two", (2, 1))]
+        return loss, count, dict(pairs if len(batch["input_ids"]) % 2 else reversed(pairs))
+
+    window, _ = window_of(model_of(), [4, 3], capricious)
+    assert window.sums.mean_metrics == {"one": 1, "two": 2}
+
+
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    def detached(batch: dict[str, Tensor], model: Any) -> Any:
+        loss, count, _ = step(batch, model)
+        return loss.detach(), count
+
+    with pytest.raises(ConfigError, match="loss_sum has no gradient: no parameter that trains is behind it"):
+        window_of(model_of(), [4], detached)
+
+
+LOSS = torch.tensor(1.0)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ((LOSS, torch.ones(3)), r"count is a tensor \[3\]; it must be one number"),
+        ((LOSS, 2, {"acc": 0.5}), r"metric 'acc' is a float; it must be \(sum, count\), two numbers"),
+        ((LOSS, 2, {"acc": (torch.ones(2), 2)}), r"metric 'acc' is \(a tensor \[2\], a int\); it must be"),
+        ((LOSS, 2, {"acc": (1, 2, 3)}), r"metric 'acc' is \(a int, a int, a int\); it must be"),
+        ((LOSS, 2, {"acc": ("1", 2)}), r"metric 'acc' is \(a str, a int\); it must be"),
         (torch.tensor(1.0), "not a Tensor"),
-        ((1.0, 2), r"not \(float, int\)"),
+        ((1.0, 2), r"not \(a float, a int\)"),
         ((torch.ones(2), 2), r"loss_sum is a tensor \[2\]; it must be a scalar"),
-        ((torch.tensor(1.0), 2, [("accuracy", 1)]), r"not \(Tensor, int, list\)"),
+        ((torch.tensor(1.0), 2, [("accuracy", 1)]), r"not \(a Tensor, a int, a list\)"),
         (None, "not a NoneType"),
     ],
 )

@@ -1,6 +1,7 @@
 """Runs that take a moment: a tiny model in float64, rows of different lengths, a forward step written out by hand."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from swissarmy.testing import tiny_model
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, Skip, StepReport
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.train import TrainResult, train
+from swissarmy.training.window import nats_per_token
 
 
 class Rows:
@@ -33,6 +35,7 @@ def open_rows(path: str, config: object) -> Rows:
     return Rows(int(path.partition(":")[2]))
 
 
+@nats_per_token
 def step(batch: dict[str, Tensor], model: Any) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """The next token's loss, summed, and how often the best guess was right."""
     inputs = {name: batch[name] for name in ("input_ids", "padding_mask", "position_ids")}
@@ -125,6 +128,7 @@ def with_nan_in(calls: set[int], step: Callable[..., Any] = step) -> Callable[..
     """A step whose loss is NaN in some of its calls, counted from 1."""
     made = 0
 
+    @wraps(step)
     def broken(batch: dict[str, Tensor], model: Any) -> Any:
         nonlocal made
         made += 1

@@ -8,7 +8,7 @@ called on every rank, in the order of the list, at the same step: what they deci
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -91,7 +91,7 @@ class Evaluation:
     loss: float
     count: float
     metrics: Mapping[str, float]
-    """Means by name; with `perplexity` where the loss is per token."""
+    """Means by name; with `perplexity` where the forward step says that its loss is in nats per token."""
     seconds: float
 
 
@@ -161,6 +161,8 @@ class Run:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "best_loss": self.best_loss,
+            "last": None if self.last is None else asdict(self.last),
+            "evaluations": {name: asdict(each) for name, each in self.evaluations.items()},
             "spikes": self.spikes.state_dict(),
             "callbacks": {name: state for name, each in self._named_callbacks() if (state := each.state_dict())},
         }
@@ -169,6 +171,8 @@ class Run:
         """Go on from a checkpoint's `state_dict`; a callback that it does not know starts anew."""
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.best_loss = state["best_loss"]
+        self.last = None if state["last"] is None else StepReport(**state["last"])
+        self.evaluations = {name: Evaluation(**each) for name, each in state["evaluations"].items()}
         self.spikes.load_state_dict(state["spikes"])
         for name, callback in self._named_callbacks():
             if (own := state["callbacks"].get(name)) is not None:

@@ -5,10 +5,9 @@ import time
 from contextlib import ExitStack
 from typing import final
 
-from swissarmy.core.errors import ConfigError
 from swissarmy.data.loading.loader import Loader
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
-from swissarmy.training.evaluate import evaluate, perplexity, reshard
+from swissarmy.training.evaluate import evaluate, has_samples, perplexity, reshard
 from swissarmy.training.optimizer import weights_to_evaluate
 
 _LOG = logging.getLogger(__name__)
@@ -16,33 +15,33 @@ _LOG = logging.getLogger(__name__)
 
 @final
 class Evaluate(Callback):
-    """Evaluates with the averaged weights where the run keeps them. What a signal ends is not evaluated first."""
+    """Evaluates with the averaged weights where the run keeps them.
+
+    Where a signal ends the run, time is short: what is due after that step is evaluated when the run is resumed.
+    """
 
     def on_start(self, run: Run) -> None:
-        """Evaluate first, where that is wanted, in a run that is not resumed.
-
-        Raises:
-            ConfigError: There are no valid data, and settings that want some.
-        """
-        config = run.config
-        asked = config.eval_on_start or config.eval_interval is not None or config.early_stopping is not None
-        if asked and not _has_samples(run.loaders.valid):
-            setting = "eval_interval" if config.eval_interval is not None else "eval_on_start"
-            raise ConfigError(f"there is nothing to evaluate on: give valid_data or split, or leave out {setting}.")
-        if config.eval_on_start and run.step == 0:
-            self._evaluate(run, "valid", run.loaders.valid, config.eval_iters)
+        """Evaluate before the first step, where that is wanted, or what was due when a signal came."""
+        if run.step:
+            self._evaluate_if_due(run)
+        elif run.config.eval_on_start:
+            self._evaluate(run, "valid", run.loaders.valid, run.config.eval_iters)
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Evaluate where it is due."""
+        if run.signal is None:
+            self._evaluate_if_due(run)
+
+    def _evaluate_if_due(self, run: Run) -> None:
         interval = run.config.eval_interval
-        is_due = interval is not None and report.step % interval == 0
-        if run.signal is None and (is_due or run.is_last_step):
+        if run.is_last_step or (interval is not None and run.step % interval == 0):
             self._evaluate(run, "valid", run.loaders.valid, run.config.eval_iters)
-        if run.signal is None and run.is_last_step:
+        if run.is_last_step:
             self._evaluate(run, "test", run.loaders.test, None)
 
     def _evaluate(self, run: Run, name: str, loader: Loader | None, max_batches: int | None) -> None:
-        if loader is None or not _has_samples(loader):
+        last = run.evaluations.get(name)
+        if not has_samples(loader) or (last is not None and last.step == run.step):
             return
         began = time.perf_counter()
         with averaged_weights(run):
@@ -58,7 +57,7 @@ class Evaluate(Callback):
             _LOG.warning("step %d: nothing was counted in the %s data", run.step, name)
             return
         metrics = sums.mean_metrics
-        if (exponential := perplexity(sums)) is not None:
+        if (exponential := perplexity(run.forward_step, sums)) is not None:
             metrics["perplexity"] = exponential
         seconds = time.perf_counter() - began
         run.was_evaluated(
@@ -77,7 +76,3 @@ def averaged_weights(run: Run) -> ExitStack:
     if run.ema is not None:
         contexts.enter_context(run.ema.applied())
     return contexts
-
-
-def _has_samples(loader: Loader | None) -> bool:
-    return loader is not None and bool(loader.batches.order.num_samples)

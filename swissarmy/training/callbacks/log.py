@@ -101,8 +101,9 @@ class LogCallback(Callback):
     def _open(self, run: Run) -> None:
         self._meter, self._sources = _meter(self.options.log_interval, run), _drawn(run.config)
         made = trackers(run, self.options)
+        evaluated = [name for name, each in run.evaluations.items() if each.step == run.step]
         self._sinks = [
-            MetricsFile(run.folder / METRICS, step=run.step),
+            MetricsFile(run.folder / METRICS, step=run.step, evaluated=evaluated),
             Lines.into(run.folder / "log.txt", run.train_iters),
             display(run, live=self.options.live),
             *made,

@@ -8,7 +8,7 @@ it away, with all lines after its checkpoint, and writes them anew.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -31,6 +31,7 @@ class MetricsFile:
     Args:
         path: Where it is.
         step: The step that the run begins after; what the file has of later ones is taken away.
+        evaluated: The sets that were evaluated after that step; of others, the run does it anew.
 
     Raises:
         OSError: It cannot be written.
@@ -38,9 +39,9 @@ class MetricsFile:
 
     every_step = False
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, *, step: int, evaluated: Collection[str] = ()) -> None:
         if path.exists():
-            _cut(path, step)
+            _cut(path, step, evaluated)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, record: Record) -> None:
@@ -81,20 +82,21 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         raise MetricsError(f"{path} does not exist; a run writes it into its folder from its first step on.") from error
 
 
-def _cut(path: Path, step: int) -> None:
-    """Keep the lines up to a step; a run that begins evaluates before its first one anew."""
+def _cut(path: Path, step: int, evaluated: Collection[str]) -> None:
+    """Keep what the run will not write anew: the lines up to a step, but for evaluations after it."""
     with replace_file(path) as kept:
         for line in _whole_lines(path):
-            if step and _step_of(line) <= step:
+            if step and not _is_due_again(line, step, evaluated):
                 kept.write(line)
 
 
-def _step_of(line: bytes) -> float:
+def _is_due_again(line: bytes, step: int, evaluated: Collection[str]) -> bool:
     try:
-        step = json.loads(line)["step"]
+        record = json.loads(line)
+        is_evaluation = record["kind"] == "evaluation" and record["name"] not in evaluated
+        return bool(record["step"] > step or (is_evaluation and record["step"] == step))
     except (ValueError, KeyError, TypeError):  # damaged by something else: kept, so that its reader can say where
-        return 0
-    return step if isinstance(step, int) else 0
+        return False
 
 
 def finite(value: Any, *, otherwise: Callable[[float], Any] = lambda number: None) -> Any:

@@ -13,10 +13,12 @@ from swissarmy.backbone.model import Model
 from swissarmy.data.samples.examples import IGNORED
 from swissarmy.nn.token_losses import TokenLosses
 from swissarmy.training.steps.inputs import model_inputs, needed
+from swissarmy.training.window import nats_per_token
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
+@nats_per_token
 def causal_lm_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, Tensor, Metrics]:
     """Predict each next token (Radford et al. 2018).
 
@@ -31,6 +33,7 @@ def causal_lm_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, T
     return _token_loss(batch, model, targets)
 
 
+@nats_per_token
 def masked_lm_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, Tensor, Metrics]:
     """Predict hidden tokens from both sides (Devlin et al. 2019); the `masked_lm` objective hides them.
 
@@ -42,6 +45,7 @@ def masked_lm_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, T
     return _token_loss(batch, model, needed(batch, "targets", "labels"))
 
 
+@nats_per_token
 def seq2seq_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, Tensor, Metrics]:
     """Predict a target from a source (Sutskever et al. 2014; span corruption: Raffel et al. 2020).
 
@@ -53,6 +57,7 @@ def seq2seq_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, Ten
     return _token_loss(batch, model, needed(batch, "labels", "targets"))
 
 
+@nats_per_token
 def blank_infilling_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Tensor, Tensor, Metrics]:
     """Predict spans that were cut out, one token after the other (GLM, Du et al. 2022).
 
