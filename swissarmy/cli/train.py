@@ -24,10 +24,13 @@ def _train(options: "TrainOptions") -> int:
     from swissarmy.cli.train_model import find_model
     from swissarmy.data.objectives.collator import objective_collator
     from swissarmy.data.sources.open import check_path
+    from swissarmy.training.checkpoint.lock import RunLock
     from swissarmy.training.folder import check_folder
+    from swissarmy.training.ranks import Ranks
     from swissarmy.training.steps import STEPS
     from swissarmy.training.train import train
 
+    RunLock(options.output, Ranks()).check_free()
     check_folder(options)  # what is wrong at a glance is told before a model is loaded
     for path in (*options.train_data, *options.valid_data, *options.test_data):
         check_path(path)

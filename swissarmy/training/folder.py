@@ -9,22 +9,21 @@ import yaml
 from swissarmy.core.errors import ConfigError
 from swissarmy.core.files import replace_file
 from swissarmy.training.callbacks.metrics_file import METRICS
+from swissarmy.training.checkpoint.checkpoints import FOLDER, steps_in
 from swissarmy.training.config import TrainConfig
 
 CONFIG: Final = "config.yaml"
 FINAL: Final = "final"
-CHECKPOINTS: Final = "checkpoints"
-OF_A_RUN: Final = (CONFIG, FINAL, CHECKPOINTS, METRICS)
+OF_A_RUN: Final = (CONFIG, FINAL, FOLDER, METRICS)
 """What only a run leaves in a folder."""
 
 
 def open_folder(config: TrainConfig) -> Path:
-    """Make the run's folder, or find the one to resume in.
+    """Make the run's folder, or find the one that is there.
 
     Raises:
-        ConfigError: It cannot be written, or holds a run already and is not to be resumed.
+        ConfigError: It cannot be written.
     """
-    check_folder(config)
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,12 +36,17 @@ def open_folder(config: TrainConfig) -> Path:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Look at the folder before anything is loaded.
+    """Look at what is in the folder.
 
     Raises:
-        ConfigError: It holds a run already, which is not to be resumed.
+        ConfigError: A run which is not to be resumed, or which is over and kept nothing to go on from.
     """
     folder = Path(config.output)
+    if (folder / FINAL).exists() and not steps_in(folder / FOLDER):
+        raise ConfigError(
+            f"output={folder} holds a run that is over, and no checkpoint to go on from (it had no save_interval): "
+            f"name another folder. To train its model further, start from {folder / FINAL}."
+        )
     if config.resume == "never" and any((folder / name).exists() for name in OF_A_RUN):
         raise ConfigError(f"output={folder} holds a run: resume it (--resume auto), or name another folder.")
 
@@ -53,6 +57,12 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with replace_file(folder / CONFIG) as file:
         file.write(text.encode())
+
+
+def forget_run(folder: Path) -> None:
+    """Leave no sign of a run that failed before its first step was done: the next one finds the folder free."""
+    for name in (CONFIG, METRICS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from swissarmy.training.checkpoint.lock import RunLock
 from swissarmy.training.checkpoint.signals import StopSignals
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.ema import WeightAverage
-from swissarmy.training.folder import FINAL, open_folder, write_config
+from swissarmy.training.folder import FINAL, check_folder, forget_run, open_folder, write_config
 from swissarmy.training.loop import train_steps
 from swissarmy.training.memory import keep_freed_memory
 from swissarmy.training.optimizer import make_optimizer
@@ -116,6 +116,7 @@ def train(
         contexts.enter_context(own_random_state(config.seed + ranks.data_rank, ranks.device))
         folder = ranks.on_first(partial(open_folder, config))
         contexts.enter_context(RunLock(folder, ranks))
+        ranks.on_first(partial(check_folder, config))
         signals = contexts.enter_context(StopSignals())
         if config.keep_memory and ranks.device.type == "cpu":
             keep_freed_memory()
@@ -174,6 +175,8 @@ def _carry_out(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> None
     except BaseException as error:
         with suppress(Exception):  # what went wrong first is what counts
             _tell_of_the_end(run, error)
+        if run.step == 0 and run.ranks.is_first:
+            forget_run(run.folder)
         raise
     _tell_of_the_end(run, None)
 

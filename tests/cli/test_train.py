@@ -1,7 +1,9 @@
 """`sat train`."""
 
 import json
+import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import swissarmy
 from swissarmy.cli.command import LaterOptions
 from swissarmy.cli.train import COMMAND
 from swissarmy.testing import TINY_CONFIGS
+from swissarmy.training.checkpoint.lock import RunLock
+from swissarmy.training.ranks import Ranks
 
 LINES = ["once upon a time there was a tiny model", "a model that was tiny", "there was a time", "once a time"] * 8
 
@@ -151,9 +155,20 @@ def test_what_cannot_be_is_said_before_the_first_step(
 
 
 def test_a_folder_that_is_there_is_not_overwritten(sat: Any, flags: list[object]) -> None:
-    assert sat(*flags)[0] == 0
+    assert sat(*flags, "--save-interval", 2)[0] == 0
     code, _, err = sat(*flags)
     assert (code, "holds a run: resume it (--resume auto)" in err) == (2, True)
+
+
+def test_a_run_that_goes_on_is_named_before_a_model_is_loaded(
+    sat: Any, flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swissarmy.cli.train_model.find_model", lambda options: pytest.fail("the model was loaded"))
+    with RunLock(tmp_path / "run", Ranks()):
+        (tmp_path / "run" / "config.yaml").touch()
+        code, _, err = sat(*flags)
+    assert code == 1
+    assert f"belongs to a run that goes on: process {os.getpid()} on {socket.gethostname()}" in err
 
 
 def test_missing_flags_and_files_are_usage(sat: Any, flags: list[object], tmp_path: Path) -> None:

@@ -251,9 +251,32 @@ def test_a_window_in_which_nothing_counts_is_no_step(tmp_path: Path, caplog: pyt
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "run", train_iters=1)
+    run(tmp_path / "run", train_iters=1, save_interval=1)
     with pytest.raises(ConfigError, match=r"holds a run: resume it \(--resume auto\), or name another folder"):
         run(tmp_path / "run", train_iters=1)
+
+
+@pytest.mark.parametrize("resume", ["never", "auto", "must"])
+def test_a_run_that_is_over_and_left_no_checkpoint_is_not_begun_again(resume: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", train_iters=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"a run that is over, and no checkpoint to go on from .* start from .*final"):
+        run(tmp_path / "run", train_iters=1, resume=resume)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_fails_before_its_first_step_is_done_leaves_the_folder_free(tmp_path: Path) -> None:
+    def fail(batch: Any, model: Any) -> Any:
+        raise ValueError("not so")
+
+    class Refusing(Callback):
+        def on_start(self, run: Run) -> None:
+            raise ValueError("not so")
+
+    for options in ({"forward_step": fail}, {"callbacks": [Refusing()]}):
+        with pytest.raises(ValueError, match="not so"):
+            run(tmp_path / "run", **options)
+    assert run(tmp_path / "run").step == 3
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -75,10 +75,7 @@ class Checkpoints:
 
     def steps(self) -> tuple[int, ...]:
         """The steps that are complete, oldest first."""
-        if not self.folder.is_dir():
-            return ()
-        folders = [entry for entry in self.folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
-        return tuple(sorted(int(match[1]) for entry in folders if (match := _STEP.fullmatch(entry.name))))
+        return steps_in(self.folder)
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint, or hand it over to be written while steps go on; the one before is waited for.
@@ -243,6 +240,14 @@ class Checkpoints:
     def _check_not_torchs(self) -> None:
         for folder in (self.folder.parent, self.folder):
             check_not_torchs(folder)
+
+
+def steps_in(folder: Path) -> tuple[int, ...]:
+    """The steps in a folder of checkpoints, oldest first."""
+    if not folder.is_dir():
+        return ()
+    folders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
+    return tuple(sorted(int(match[1]) for entry in folders if (match := _STEP.fullmatch(entry.name))))
 
 
 def _listed(steps: tuple[int, ...]) -> str:

@@ -43,6 +43,21 @@ class RunLock:
         self._ranks.on_first(self._take)
         return self
 
+    def check_free(self) -> None:
+        """Ask, before much is loaded, whether a run of this machine has the folder; nothing is made or taken.
+
+        Raises:
+            CheckpointError: One has.
+        """
+        if not self.path.exists():
+            return
+        with write_errors(self.path):
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(fcntl.LOCK_SH)  # which the other processes of this run may ask for at the same time
+        finally:
+            self._close()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -55,7 +70,7 @@ class RunLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock()
+            self._lock(fcntl.LOCK_EX)
             self._check_holder()
             with write_errors(self.path):
                 os.ftruncate(self._descriptor, 0)
@@ -67,10 +82,10 @@ class RunLock:
         lock = weakref.WeakMethod(self._close)
         os.register_at_fork(after_in_child=lambda: close() if (close := lock()) is not None else None)
 
-    def _lock(self) -> None:
+    def _lock(self, kind: int) -> None:
         assert self._descriptor is not None, "the file was opened"
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
                 f"{self.path.parent} belongs to a run that goes on: {self._holder()}. Wait for it or end it, or give "
