@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import Any, Final, Literal, final
 
 import torch.distributed as dist
 
-from swissarmy.core.errors import CheckpointError
+from swissarmy.core.errors import CheckpointError, ConfigError
 from swissarmy.core.files import replace_file
 from swissarmy.interop.safe_write import dump, leftovers_in, sibling, verify_manifest, write_errors
 from swissarmy.training.checkpoint.frozen import frozen_identity
 from swissarmy.training.checkpoint.options import CheckpointOptions
 from swissarmy.training.checkpoint.random_state import random_tensors
-from swissarmy.training.checkpoint.restore import check_not_torchs, restore
+from swissarmy.training.checkpoint.restore import StoredStep, check_not_torchs, open_step, restore
 from swissarmy.training.checkpoint.sharded import Shard, write_step
 from swissarmy.training.checkpoint.state import TrainState
 from swissarmy.training.ranks import Ranks
@@ -142,23 +143,47 @@ class Checkpoints:
 
         Args:
             state: Of the new run; its tensors are filled in place, `step` and `extra` are set.
-            which: The step, or `auto` for the newest one that is complete.
+            which: The step, or `auto` for the newest one that is whole; of damaged ones the names are changed then.
 
         Returns:
             The step; `None` if there is none.
 
         Raises:
-            CheckpointError: On every rank: damaged, of another model or optimizer, or no such step; nothing was loaded.
+            CheckpointError: On every rank: of another model or optimizer, none that is whole, or no such step; nothing
+                was loaded.
             FingerprintError: The data changed.
         """
         self.wait()
-        step = self._ranks.on_first(partial(self._find, which))
-        if step is None:
+        steps = self._ranks.on_first(partial(self._find, which))
+        if not steps:
             return None
+        stored, damaged = self._open_first_whole(steps)
+        step = steps[len(damaged)]
         self._frozen = frozen_identity(state.model, self._ranks)
-        restore(self._path(step), state, self._frozen, self._ranks, allow_data_change=self._options.allow_data_change)
+        restore(stored, state, self._frozen, self._ranks, allow_data_change=self._options.allow_data_change)
+        if damaged:
+            self._ranks.on_first(partial(self._put_aside, damaged, step))
         self._resumed_from = self._newest = step
         return step
+
+    def _open_first_whole(self, steps: Sequence[int]) -> tuple[StoredStep, dict[int, Exception]]:
+        """The first of the steps that can be read, and what is wrong with those before it."""
+        damaged: dict[int, Exception] = {}
+        for step in steps:
+            try:
+                return open_step(self._path(step), self._ranks), damaged
+            except (CheckpointError, ConfigError) as error:  # on every rank, its own or that of others
+                damaged[step] = error
+        raise damaged[steps[0]]
+
+    def _put_aside(self, damaged: Mapping[int, Exception], instead: int) -> None:
+        """Keep damaged steps under other names, as the run comes to the same steps again."""
+        with write_errors(self.folder):
+            for step, error in damaged.items():
+                aside = sibling(self._path(step), "damaged")
+                os.rename(self._path(step), aside)
+                _LOG.warning("%s: going on from step %d; what is left of it is now %s", error, instead, aside)
+            self._point_to(instead)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -185,13 +210,16 @@ class Checkpoints:
     def _settle(self, newest: int) -> None:
         """The new step can be read: say so, and let go of old ones."""
         with write_errors(self.folder):
-            with replace_file(self.folder / LATEST) as file:
-                file.write(f"{newest}\n".encode())
+            self._point_to(newest)
             for step in self.steps():
                 if step < newest and not self._is_kept(step):
                     aside = sibling(self._path(step), "old")
                     os.rename(self._path(step), aside)  # so that what is half deleted does not pass for complete
                     shutil.rmtree(aside)
+
+    def _point_to(self, step: int) -> None:
+        with replace_file(self.folder / LATEST) as file:
+            file.write(f"{step}\n".encode())
 
     def _is_kept(self, step: int) -> bool:
         last, every = self._options.keep_last, self._options.keep_every
@@ -205,21 +233,21 @@ class Checkpoints:
                 "another folder."
             )
 
-    def _find(self, which: Literal["auto"] | int) -> int | None:
-        """Which step to load, on the first rank."""
+    def _find(self, which: Literal["auto"] | int) -> tuple[int, ...]:
+        """Which steps to try, on the first rank: the newest first."""
         for path in leftovers_in(self.folder, _STEP.pattern):
             _LOG.warning("%s was left by a save that was broken off; it is not used, and may be deleted", path)
         steps = self.steps()
-        if not steps:
-            self._check_not_torchs()
+        for folder in (self.folder.parent, self.folder, *map(self._path, steps)):
+            check_not_torchs(folder)
         if which != "auto":
             if which not in steps:
                 raise CheckpointError(f"{self.folder} has no step {which}; it has {_listed(steps)}.")
-            return which
+            return (which,)
         latest = self._latest(steps)
         if latest is not None and latest < max(steps):
             _LOG.warning("%s says %d, and %d is complete: loading that", self.folder / LATEST, latest, max(steps))
-        return max(steps, default=None)
+        return steps[::-1]
 
     def _latest(self, steps: tuple[int, ...]) -> int | None:
         """What the file `latest` says, which must be a step; `None` where there is no such file."""
@@ -232,14 +260,10 @@ class Checkpoints:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) not in steps:
             raise CheckpointError(
-                f"{path} says {text[:60]!r}, which is no step that is here; there is {_listed(steps)}. Write one of "
-                "them into it, or delete it to go on from the newest."
+                f"{path} says {text[:60]!r}, which is no step that is here; there is {_listed(steps)}. Delete it to "
+                "go on from the newest."
             )
         return int(text)
-
-    def _check_not_torchs(self) -> None:
-        for folder in (self.folder.parent, self.folder):
-            check_not_torchs(folder)
 
 
 def steps_in(folder: Path) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -32,26 +33,47 @@ TORCH_METADATA: Final = ".metadata"
 _LOG = logging.getLogger(__name__)
 
 
+@final
+@dataclass(frozen=True)
+class StoredStep:
+    """What a step's folder says of itself; its files are those that were saved."""
+
+    folder: Path
+    metadata: Metadata
+    """Which tensor is where."""
+    values: Mapping[str, Any]
+    """All that is no tensor."""
+
+
+def open_step(folder: Path, ranks: Ranks) -> StoredStep:
+    """Compare a step's files with their hashes, and read what is no tensor; every rank calls it.
+
+    Raises:
+        CheckpointError: It is damaged.
+        ConfigError: Other ranks found that it is damaged.
+    """
+    share = (ranks.rank, ranks.world_size)
+    listed = ranks.together(partial(verify_manifest, folder, share=share))
+    return ranks.together(partial(_read, folder, listed))
+
+
 def restore(
-    folder: Path, state: TrainState, frozen: Mapping[str, list[Any]], ranks: Ranks, *, allow_data_change: bool
+    step: StoredStep, state: TrainState, frozen: Mapping[str, list[Any]], ranks: Ranks, *, allow_data_change: bool
 ) -> None:
-    """Fill a run from a step's folder; every rank calls it.
+    """Fill a run from a step; every rank calls it.
 
     Args:
-        folder: Of the step.
+        step: As `open_step` gave it.
         state: Of the run, just built.
         frozen: What of its model does not train.
         ranks: The processes, which need not be as many as wrote it.
         allow_data_change: Go on although the data changed.
 
     Raises:
-        CheckpointError: On every rank: damaged, or of another model or optimizer; nothing was loaded.
+        CheckpointError: On every rank: of another model or optimizer; nothing was loaded.
         FingerprintError: The data changed.
     """
-    ranks.together(partial(check_not_torchs, folder))
-    share = (ranks.rank, ranks.world_size)
-    listed = ranks.together(partial(verify_manifest, folder, share=share))
-    metadata, values = ranks.together(partial(_read, folder, listed))
+    folder, metadata, values = step.folder, step.metadata, step.values
     ranks.together(partial(check_frozen, values["frozen"], frozen))
     state.make_room(metadata.state_dict_metadata.keys())
     tensors = state.tensors()
@@ -84,8 +106,7 @@ def check_not_torchs(folder: Path) -> None:
         )
 
 
-def _read(folder: Path, listed: Collection[str]) -> tuple[Metadata, dict[str, Any]]:
-    """What a step holds; its files were compared with their hashes."""
+def _read(folder: Path, listed: Collection[str]) -> StoredStep:
     file = TensorFile(folder / STATE_FILE)
     values = parse_json_object(file.read_bytes(0, file.size), str(file.path))
     missing = {"format", "ranks", "readers", "frozen", "step", "optimizer", "extra"} - values.keys()
@@ -95,7 +116,7 @@ def _read(folder: Path, listed: Collection[str]) -> tuple[Metadata, dict[str, An
     strangers = {place.file for place in metadata.storage_data.values()}.difference(listed)
     if strangers:
         raise CheckpointError(f"{folder / MANIFEST} does not list {min(strangers)}, which holds tensors")
-    return metadata, values
+    return StoredStep(folder, metadata, values)
 
 
 def _compare(folder: Path, tensors: Mapping[str, Tensor], metadata: Metadata, world_size: int) -> None:

@@ -385,6 +385,37 @@ def test_one_flipped_bit_names_the_file(name: str, tmp_path: Path) -> None:
     refused(tmp_path, SmallRun(seed=1), f"{name} differs from what was saved")
 
 
+def test_a_run_goes_on_from_an_older_step_where_the_newest_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = saved(tmp_path)
+    for _ in range(2):
+        saved(tmp_path, run.take_steps(1), keep_last=None)
+    folder = tmp_path / "checkpoints"
+    flip_a_bit(folder / "step-00000004" / "state.json")
+    (folder / "step-00000003" / "manifest.json").unlink()
+    kept = (folder / "step-00000004" / "state.json").read_bytes()
+    with pytest.raises(CheckpointError, match="differs from what was saved"):
+        checkpoints_in(tmp_path).load(SmallRun().state, 4)
+    resumed = SmallRun()
+    assert checkpoints_in(tmp_path).load(resumed.state) == 2
+    assert "state.json differs from what was saved" in caplog.text
+    assert "going on from step 2; what is left of it is now" in caplog.text
+    (aside,) = folder.glob(".step-00000004.damaged-*")
+    assert (aside / "state.json").read_bytes() == kept
+    saved(tmp_path, resumed.take_steps(2))
+    assert checkpoints_in(tmp_path).load(SmallRun().state) == 4
+
+
+def test_where_all_steps_are_damaged_the_newest_is_named_and_nothing_moves(tmp_path: Path) -> None:
+    run = saved(tmp_path)
+    saved(tmp_path, run.take_steps(1))
+    for step in ("step-00000002", "step-00000003"):
+        flip_a_bit(tmp_path / "checkpoints" / step / "state.json")
+    refused(tmp_path, SmallRun(seed=1), "step-00000003/state.json differs from what was saved")
+    assert checkpoints_in(tmp_path).steps() == (2, 3)
+
+
 def test_a_manifest_that_is_damaged_or_gone_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     manifest = step_folder(tmp_path) / "manifest.json"

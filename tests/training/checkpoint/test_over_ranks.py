@@ -154,7 +154,8 @@ def on_two(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         file = Path(folder, "adamw", "checkpoints", "step-00000008", "state.json")
         file.write_text(file.read_text().replace("8", "9"))
     dist.barrier()
-    found["damaged"] = failure(lambda: checkpoints.load(state))
+    found["damaged"] = failure(lambda: checkpoints.load(state, 8))
+    found["instead"] = checkpoints.load(state)
     with RunLock(f"{folder}/adamw", ranks_of(rank, world_size)):
         found["locked"] = failure(lambda: RunLock(f"{folder}/adamw", ranks_of(rank, world_size)).__enter__())
     return found if rank == 0 else {name: each for name, each in found.items() if name != "tensors"}
@@ -218,5 +219,6 @@ def test_two_ranks_read_what_four_wrote_and_fail_together(four: list[dict[str, A
     assert first["saved afterwards"] == second["saved afterwards"] == "no failure"
     for found in (first, second):
         assert "state.json" in found["damaged"]
+        assert found["instead"] == 1
         assert found["locked"].startswith("CheckpointError")
         assert "goes on" in found["locked"]
