@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]  # torch names no types
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +32,7 @@ from swissarmy.nn.token_losses import LOGITS_AT_ONCE
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.flops import TrainingCost
 from swissarmy.training.optimizer import make_optimizer
+from swissarmy.training.own_part import own_part
 from swissarmy.training.parallel.mesh import make_mesh, plan_problems, shared_mesh
 from swissarmy.training.parallel.parallelize import parallelize
 from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole, share_samples
@@ -329,7 +329,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             self.exchanged[name] = self.exchanged.get(name, 0) + int(sent)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                storage = _local(tensor).untyped_storage()
+                storage = own_part(tensor).untyped_storage()
                 self._made.setdefault(StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
             self.cast += _own_bytes(result)
@@ -382,8 +382,4 @@ def _gathered(parameter: nn.Parameter, config: TrainConfig) -> int:
 
 
 def _own_bytes(tensor: Tensor) -> int:
-    return _local(tensor).nbytes
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own_part(tensor).nbytes

@@ -6,10 +6,10 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from swissarmy.core.errors import CheckpointError
 from swissarmy.nn.precision import precise_type
+from swissarmy.training.own_part import kept, own_part
 
 
 @final
@@ -32,21 +32,23 @@ class WeightAverage:
     def update(self) -> None:
         """Move towards the weights after a step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = [_local(each) for each in self.averages.values()]
-        weights = [_local(each).to(average.dtype) for each, average in zip(self._weights(), averages, strict=True)]
+        averages = [own_part(each) for each in self.averages.values()]
+        weights = [own_part(each).to(average.dtype) for each, average in zip(self._weights(), averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model's weights are the average; afterwards they are what they were, to the bit."""
-        weights = [_local(each) for each in self._weights()]
-        kept = [each.clone() for each in weights]
-        self._copy(weights, [_local(each) for each in self.averages.values()])
-        try:
+        with kept(self._weights()):
+            self.apply()
             yield
-        finally:
-            self._copy(weights, kept)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Give the model the average as its weights."""
+        for weight, average in zip(self._weights(), self.averages.values(), strict=True):
+            own_part(weight).copy_(own_part(average))
 
     def load(self, averages: Mapping[str, Tensor], updates: int) -> None:
         """Continue from averages of the same names and shapes, sharded in the same way.
@@ -63,12 +65,3 @@ class WeightAverage:
 
     def _weights(self) -> list[Tensor]:
         return [each.detach() for each in self._parameters.values()]
-
-    @torch.no_grad()
-    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from swissarmy.training.callbacks.base import RankTrouble, Run, Skip, StepReport
 from swissarmy.training.checkpoint.checkpoints import Checkpoints
 from swissarmy.training.checkpoint.signals import StopSignals
 from swissarmy.training.gradients import clip_factor
 from swissarmy.training.optimizer import set_learning_rate, take_step
+from swissarmy.training.own_part import own_part
 from swissarmy.training.schedule import learning_rate
 from swissarmy.training.spikes import TrainingError
 from swissarmy.training.window import Accumulator, Window, run_window
@@ -131,7 +131,7 @@ def _report(window: Window, *, step: int, lr: float, grad_norm: float, began: fl
 def _bad_gradients(model: nn.Module, limit: int = 8) -> Iterator[str]:
     """The first parameters whose gradient is not finite on this rank."""
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        gradient = None if parameter.grad is None else own_part(parameter.grad)
         if gradient is not None and not bool(torch.isfinite(gradient).all()):
             yield name
             limit -= 1

@@ -14,6 +14,7 @@ from swissarmy.training.gradients import scale_gradients
 from swissarmy.training.optimizers.adafactor import Adafactor
 from swissarmy.training.optimizers.groups import WeightDecaySkip, parameter_groups
 from swissarmy.training.optimizers.muon import MuonAdamW
+from swissarmy.training.own_part import kept
 from swissarmy.training.schedule import LearningRateOptions
 
 OptimizerName = Literal["adamw", "muon", "adafactor", "adamw_8bit", "schedule_free"]
@@ -107,21 +108,30 @@ def take_step(optimizer: Optimizer, factor: float) -> None:
 
 @contextmanager
 def weights_to_evaluate(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, the model has the weights to evaluate and save: those of a schedule-free optimizer are not the ones it
-    trains with; others have one set only."""
+    """Inside, the model has the weights to evaluate: those of a schedule-free optimizer are not the ones it trains
+    with, which come back to the bit; others have one set only."""
     if not isinstance(optimizer, SwitchingOptimizer):
         yield
         return
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        optimizer.train()
+    with kept(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        take_weights_to_evaluate(optimizer)
+        try:
+            yield
+        finally:
+            optimizer.train()
+
+
+def take_weights_to_evaluate(optimizer: Optimizer) -> None:
+    """Give the model those weights for good: no step follows."""
+    if isinstance(optimizer, SwitchingOptimizer):
+        optimizer.eval()
 
 
 @runtime_checkable
 class SwitchingOptimizer(Protocol):
     """One that evaluates with other weights than it trains with."""
+
+    param_groups: list[dict[str, Any]]
 
     def train(self) -> None: ...
 

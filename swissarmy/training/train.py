@@ -14,7 +14,7 @@ from swissarmy.data.samples.examples import Encoder
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run
 from swissarmy.training.callbacks.early_stop import EarlyStop
-from swissarmy.training.callbacks.evaluate import Evaluate, averaged_weights
+from swissarmy.training.callbacks.evaluate import Evaluate, take_averaged_weights
 from swissarmy.training.callbacks.log import log_callbacks
 from swissarmy.training.callbacks.save import Save, resume
 from swissarmy.training.checkpoint.checkpoints import Checkpoints
@@ -95,7 +95,8 @@ def train(
     that can fail without a step is tried before the first one.
 
     Args:
-        model: It is trained in place.
+        model: It is trained in place, and has in the end the weights that `final/` has: with `ema_decay` or
+            `schedule_free` their average.
         forward_step: From a batch and the model to the sum of its losses and how many they are, and perhaps metrics.
         create_dataset: Opens a path of the config; `None` for the stock one, which goes by the extension.
         config: Everything else. A resolved copy is written to the run's folder.
@@ -170,8 +171,8 @@ def _carry_out(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> None
         run.ranks.on_first(partial(write_config, run.config, run.folder))
         train_steps(run, signals, checkpoints)
         if run.signal is None:
-            with averaged_weights(run):
-                save_final(run.model, run.folder / FINAL, run.tokenizer, run.ranks)
+            take_averaged_weights(run)
+            save_final(run.model, run.folder / FINAL, run.tokenizer, run.ranks)
     except BaseException as error:
         with suppress(Exception):  # what went wrong first is what counts
             _tell_of_the_end(run, error)

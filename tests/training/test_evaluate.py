@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import swissarmy as sat
 from swissarmy.data.build import build_loaders
 from swissarmy.data.config import DataConfig
 from swissarmy.data.loading.loader import Loader
@@ -108,17 +109,23 @@ def test_a_run_may_evaluate_before_its_first_step(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 2, 3]
 
 
-def test_evaluating_changes_nothing_in_the_run(tmp_path: Path) -> None:
+AVERAGES: list[dict[str, Any]] = [{}, {"ema_decay": 0.9}, {"optimizer": "schedule_free"}]
+
+
+@pytest.mark.parametrize("options", AVERAGES)
+def test_evaluating_changes_nothing_in_the_run(options: dict[str, Any], tmp_path: Path) -> None:
     silent, watched = Diary(), Diary()
-    model: dict[str, Any] = {"resid_pdrop": 0.3}
-    run(tmp_path / "silent", model=model_of(**model), callbacks=[silent])
-    run(tmp_path / "watched", model=model_of(**model), callbacks=[watched], valid_data=("rows:9",), eval_interval=1)
+    options = {"lr": 1e-2, **options}
+    evaluated: dict[str, Any] = {"valid_data": ("rows:9",), "eval_interval": 1}
+    run(tmp_path / "silent", model=model_of(resid_pdrop=0.3), callbacks=[silent], **options)
+    run(tmp_path / "watched", model=model_of(resid_pdrop=0.3), callbacks=[watched], **options, **evaluated)
     assert [report.loss for report in silent.reports] == [report.loss for report in watched.reports]
 
 
-def test_evaluation_is_with_the_averaged_weights(tmp_path: Path) -> None:
-    import swissarmy as sat
-
-    result = run(tmp_path / "run", valid_data=("rows:11",), ema_decay=0.9, lr=1e-2)
-    averaged = sat.load(tmp_path / "run" / "final")
-    assert result.evaluations["valid"].loss == pytest.approx(evaluate(averaged, loader_of(), step).mean_loss, rel=1e-12)
+@pytest.mark.parametrize("options", AVERAGES)
+def test_what_is_evaluated_is_what_is_saved_and_left_in_the_model(options: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of()
+    result = run(tmp_path / "run", model=model, valid_data=("rows:11",), lr=1e-2, **options)
+    for trained in (sat.load(tmp_path / "run" / "final"), model):
+        loss = evaluate(trained, loader_of(), step).mean_loss
+        assert result.evaluations["valid"].loss == pytest.approx(loss, rel=1e-12)

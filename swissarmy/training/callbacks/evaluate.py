@@ -8,7 +8,7 @@ from typing import final
 from swissarmy.data.loading.loader import Loader
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
 from swissarmy.training.evaluate import evaluate, has_samples, perplexity, reshard
-from swissarmy.training.optimizer import weights_to_evaluate
+from swissarmy.training.optimizer import take_weights_to_evaluate, weights_to_evaluate
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Evaluate(Callback):
 
 
 def averaged_weights(run: Run) -> ExitStack:
-    """Inside, the model has the weights to evaluate and to give away."""
+    """Inside, the model has the weights to evaluate; afterwards those it trains with, to the bit."""
     contexts = ExitStack()
     reshard(run.model)
     contexts.callback(reshard, run.model)
@@ -76,3 +76,11 @@ def averaged_weights(run: Run) -> ExitStack:
     if run.ema is not None:
         contexts.enter_context(run.ema.applied())
     return contexts
+
+
+def take_averaged_weights(run: Run) -> None:
+    """Give the model the weights to evaluate for good: no step follows."""
+    reshard(run.model)
+    take_weights_to_evaluate(run.optimizer)
+    if run.ema is not None:
+        run.ema.apply()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from swissarmy.core.errors import CheckpointError
+from swissarmy.training.own_part import own_part
 from swissarmy.training.ranks import Ranks
 
 _PIECE: Final = 1 << 22
@@ -63,7 +64,7 @@ def _is_counted(parameter: Tensor, ranks: Ranks) -> bool:
 
 
 def _sum_of_bits(parameter: Tensor) -> int:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = own_part(parameter)
     if local.is_meta:  # weights that were reduced, and let go
         return 0
     bits = local.detach().reshape(-1).view(_INTEGERS[local.dtype.itemsize])

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from swissarmy.training.own_part import own_part
+
 PREFIX: Final = "optimizer."
 PER_RANK: Final = re.compile(r"\.rank-\d{5,}(\.|$)")
 """In names of tensors that one rank alone has."""
@@ -96,7 +98,7 @@ def _own_numbers(group: Mapping[str, Any]) -> dict[str, float]:
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The tensor; or, where it is made of others (8-bit state: codes and scales), each rank's own of those."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = own_part(tensor)
     if not is_traceable_wrapper_subclass(local):
         yield name, tensor.detach()
         return

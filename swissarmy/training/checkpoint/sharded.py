@@ -51,6 +51,7 @@ from swissarmy.interop.safetensors_folder import SafetensorsSource
 from swissarmy.interop.safetensors_write import save_safetensors
 from swissarmy.training.checkpoint.metadata import FILE as METADATA_FILE
 from swissarmy.training.checkpoint.metadata import Place, write_metadata
+from swissarmy.training.own_part import own_part
 from swissarmy.training.ranks import Ranks
 
 STATE_FILE: Final = "state.json"
@@ -68,7 +69,7 @@ class Shard:
     """
 
     def __init__(self, name: str, tensor: Tensor, *, copy: bool) -> None:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = own_part(tensor)
         self.local = local.to("cpu", copy=True) if copy else local
         self._item = _write_item(name, tensor, self.local)
 
