@@ -1,20 +1,20 @@
 """A strict reader of YAML config files: a dataclass type in, a validated instance out.
 
-Plain values mean what YAML 1.2 says: `1e-4` is a number, and `no`, `on` and `12:30` are text. Every problem of a file
-is in one report, with its line. Tags and aliases are refused, so nothing is ever constructed but plain values and the
-dataclass itself.
+Every problem of a file is in one report, with its line. Tags and aliases are refused, so nothing is ever constructed
+but plain values and the dataclass itself.
 """
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from swissarmy.cli.config_values import TAG, Reader
+from swissarmy.cli.config_values import Reader
 from swissarmy.cli.dataclass_values import construct
+from swissarmy.core.config import report
 from swissarmy.core.errors import ConfigError
+from swissarmy.core.plain_yaml import compose
 
 T = TypeVar("T")
 
@@ -47,6 +47,22 @@ def read_values(path: str | Path, cls: type[Any], *, without: Collection[str] = 
     return _read(Path(path), cls, complete=False, without=without)
 
 
+def read_value(text: str, place: str) -> Any:
+    """A plain value on the command line, as it would be in a file; what is no YAML is text.
+
+    Raises:
+        ConfigError: A mapping has a key twice, or one that is no text; `place` begins its name.
+    """
+    try:
+        node = compose(text)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    reader = Reader(complete=False)
+    value = None if node is None else reader.plain(node, place)
+    report(f"{text!r}:", [problem for _, problem in reader.problems])
+    return value
+
+
 def _read(path: Path, cls: type[Any], *, complete: bool, without: Collection[str]) -> dict[str, Any]:
     reader = Reader(complete=complete, without=without)
     node = _compose(path)
@@ -65,7 +81,7 @@ def _compose(path: Path) -> yaml.Node | None:
     """The file's syntax tree; nothing in it is constructed."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            node: yaml.Node | None = yaml.compose(file, Loader=_Loader)
+            node = compose(file)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -77,31 +93,3 @@ def _compose(path: Path) -> yaml.Node | None:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"{path}: not valid YAML: {reason}") from error
     return node
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema for plain scalars; no tags and no aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As in the base class, without what a file could construct objects with, or endless values."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        problem = None
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"aliases (*{event.anchor}) are not read: write the value out"
-        elif event.tag is not None:
-            problem = f"tags ({event.tag.replace(TAG, '!!')}) are not read: write a plain value, or text in quotes"
-        if problem is not None:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-_CORE_SCHEMA: Mapping[str, str] = {
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    "null": r"~|null|Null|NULL|",
-}
-
-_Loader.yaml_implicit_resolvers = {}
-for _name, _pattern in _CORE_SCHEMA.items():
-    _Loader.add_implicit_resolver(f"{TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), None)

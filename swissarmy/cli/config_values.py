@@ -11,6 +11,7 @@ import yaml
 
 from swissarmy.cli.dataclass_values import construct, default_of, is_required
 from swissarmy.core.errors import ConfigError, nearest
+from swissarmy.core.plain_yaml import TAG, scalar_value
 
 REFUSED: Final = object()
 """In place of a value that had a problem."""
@@ -23,9 +24,6 @@ _NAMES: Mapping[Any, str] = {
     float: "a number",
     type(None): "null",
 }
-_CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
-TAG = "tag:yaml.org,2002:"
-"""How the tags of plain values begin."""
 
 
 @final
@@ -86,7 +84,7 @@ class Reader:
         if origin is Literal:
             return self._choice(node, arguments, place)
         if hint is Any:
-            return self._plain(node, place)
+            return self.plain(node, place)
         if dataclasses.is_dataclass(hint) and isinstance(node, yaml.MappingNode):
             return self.fields(node, typing.cast(type[Any], hint), f"{place}.")
         if origin in (dict, Mapping) and isinstance(node, yaml.MappingNode):
@@ -97,7 +95,7 @@ class Reader:
         if origin in (list, tuple, Sequence) and isinstance(node, yaml.SequenceNode):
             return self._several(node, hint, place)
         if hint in _NAMES and _fits(node, hint):
-            return hint(_scalar(node)) if hint in (Path, float) else _scalar(node)
+            return hint(scalar_value(node)) if hint in (Path, float) else scalar_value(node)
         return self._refuse(node, place, _expected(hint))
 
     def _one_of(self, node: yaml.Node, hints: Sequence[Any], place: str) -> Any:
@@ -115,7 +113,7 @@ class Reader:
         return self._refuse(node, place, " or ".join(map(_expected, wanted)))
 
     def _choice(self, node: yaml.Node, choices: Sequence[Any], place: str) -> Any:
-        value = _scalar(node) if isinstance(node, yaml.ScalarNode) else REFUSED
+        value = scalar_value(node) if isinstance(node, yaml.ScalarNode) else REFUSED
         for choice in choices:
             if type(choice) is type(value) and choice == value:
                 return choice
@@ -149,12 +147,13 @@ class Reader:
             self._add(node, f"{place}: {error}")
             return REFUSED
 
-    def _plain(self, node: yaml.Node, place: str) -> Any:
+    def plain(self, node: yaml.Node, place: str) -> Any:
+        """A value of no declared type; `place` is what leads to it."""
         if isinstance(node, yaml.MappingNode):
-            return {key: self._plain(item, f"{place}.{key}") for key, _, item in self._items(node, f"{place}.")}
+            return {key: self.plain(item, f"{place}.{key}") for key, _, item in self._items(node, f"{place}.")}
         if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, f"{place}[{index}]") for index, item in enumerate(node.value)]
-        return _scalar(node)
+            return [self.plain(item, f"{place}[{index}]") for index, item in enumerate(node.value)]
+        return scalar_value(node)
 
     def _refuse(self, node: yaml.Node, place: str, expected: str, hint: str = "") -> Any:
         wants_text = expected in (_NAMES[str], _NAMES[Path]) and isinstance(node, yaml.ScalarNode)
@@ -171,23 +170,9 @@ def _line(node: yaml.Node) -> int:
     return line
 
 
-def _scalar(node: yaml.Node) -> Any:
-    """The plain value of a scalar node."""
-    text = str(node.value)
-    match node.tag.removeprefix(TAG):
-        case "int" if len(text) < 100:  # Python refuses to read thousands of digits
-            return int(text, 0 if text[:2] in ("0o", "0x") else 10)
-        case "float":
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        case "bool" | "null":
-            return _CONSTANTS[text.lower()]
-        case _:
-            return text
-
-
 def _fits(node: yaml.Node, hint: Any) -> bool:
     """Whether a node is a scalar of that type; a whole number is a number too."""
-    value = _scalar(node) if isinstance(node, yaml.ScalarNode) else REFUSED
+    value = scalar_value(node) if isinstance(node, yaml.ScalarNode) else REFUSED
     kinds = {float: (int, float), Path: (str,)}.get(hint, (hint,))
     return type(value) in kinds
 
@@ -198,7 +183,7 @@ def _shown(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    value = _scalar(node)
+    value = scalar_value(node)
     text = node.value if len(node.value) <= 40 else f"{node.value[:40]}..."
     return "null" if value is None else f"{_NAMES[type(value)]} ({text!r})" if isinstance(value, bool) else repr(text)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Self, final
 
 import tyro
-import yaml
 
 from swissarmy.cli.command import OF_THE_COMMAND_LINE, Options
+from swissarmy.cli.config_file import read_value
 from swissarmy.cli.loading import Dtype, Quantize
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.config import NO_DATA
@@ -70,28 +70,41 @@ class ModelChoice(Options):
     @property
     def overrides(self) -> dict[str, Any]:
         """`override`, by field."""
-        return {name: _yaml(value) for name, _, value in (text.partition("=") for text in self.override)}
+        pairs = (text.partition("=") for text in self.override)
+        return {name: read_value(value, f"override.{name}") for name, _, value in pairs}
 
     @property
     def wanted_mixins(self) -> dict[str, Mapping[str, Any]]:
         """All that is to be added, by name: from the file, from `--mixin`, and from the flags of their own."""
-        wanted = {**self.mixins, **{name: each for text in self.mixin for name, each in _mapping(text).items()}}
+        return {name: mixin for _, mixins in self._by_origin() for name, mixin in mixins.items()}
+
+    def _by_origin(self) -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
+        """Mixins by name, and what asks for them."""
+        yield "mixins", self.mixins
+        for text in self.mixin:
+            yield f"mixin {text!r}", _mapping(text)
         if self.lora_rank is not None:
             alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-            wanted["lora"] = {"type": "LoRAMixin", "r": self.lora_rank, "alpha": alpha}
+            yield "lora_rank", {"lora": {"type": "LoRAMixin", "r": self.lora_rank, "alpha": alpha}}
         if self.prefix_len is not None:
-            wanted["prefix"] = {"type": "PrefixTuningMixin", "prefix_len": self.prefix_len}
-        return wanted
+            yield "prefix_len", {"prefix": {"type": "PrefixTuningMixin", "prefix_len": self.prefix_len}}
+
+    def _repeated_mixins(self) -> Iterator[str]:
+        origins: dict[str, str] = {}
+        for origin, mixins in self._by_origin():
+            for name in mixins:
+                if name in origins:
+                    yield f"{origins[name]} and {origin} both add a mixin '{name}': leave one out, or rename one."
+                origins[name] = origin
 
     def _wrong_texts(self) -> Iterator[str]:
         for text in self.override:
             if not text.partition("=")[1] or not text.partition("=")[0].isidentifier():
                 yield f"override {text!r} is not FIELD=VALUE."
-        for text in self.mixin:
-            try:
-                _mapping(text)
-            except ConfigError as error:
-                yield str(error)
+        try:
+            yield from self._repeated_mixins()
+        except ConfigError as error:
+            yield str(error)
 
 
 @final
@@ -134,14 +147,7 @@ def _mapping(text: str) -> dict[str, Mapping[str, Any]]:
     Raises:
         ConfigError: It is something else than a name and a mapping.
     """
-    named = _yaml(text)
+    named = read_value(text, "mixin")
     if isinstance(named, dict) and len(named) == 1 and all(isinstance(each, dict) for each in named.values()):
         return named
     raise ConfigError(f'mixin {text!r} is not as in "lora: {{type: LoRAMixin, r: 8}}".')
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

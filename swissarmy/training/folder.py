@@ -4,10 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from swissarmy.core.errors import ConfigError
 from swissarmy.core.files import replace_file
+from swissarmy.core.plain_yaml import write_yaml
 from swissarmy.training.callbacks.metrics_file import METRICS
 from swissarmy.training.checkpoint.checkpoints import FOLDER, steps_in
 from swissarmy.training.config import TrainConfig
@@ -54,9 +53,8 @@ def check_folder(config: TrainConfig) -> None:
 def write_config(config: TrainConfig, folder: Path) -> None:
     """Write the resolved config, which is itself a config file."""
     values = {name: _plain(value) for name, value in config.to_save().items()}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with replace_file(folder / CONFIG) as file:
-        file.write(text.encode())
+        file.write(write_yaml(values).encode())
 
 
 def forget_run(folder: Path) -> None:

@@ -137,6 +137,11 @@ def test_mixins_in_a_file_have_a_type_and_its_options(
         (["--mixin", "lora: {type: LoraMixin}"], r"mixins.lora: the library has no mixin of type 'LoraMixin'. Did you"),
         (["--mixin", "lora: {type: LoRAMixin, rank: 2}"], r"mixins.lora \(LoRAMixin\): .*'rank'"),
         (["--mixin", "lora"], r"mixin 'lora' is not as in"),
+        (["--mixin", "a: {type: LoRA, r: 1, r: 2}"], "duplicate key 'mixin.a.r'"),
+        (
+            ["--mixin", "lora: {type: LoRAMixin, r: 4}", "--lora-rank", "2"],
+            "mixin 'lora: {type: LoRAMixin, r: 4}' and lora_rank both add a mixin 'lora': leave one out, or rename one",
+        ),
         (["--override", "num_labels"], r"override 'num_labels' is not FIELD=VALUE"),
         (["--model-config", "a.json"], r"give either model \(a checkpoint to start from\) or model_config"),
         (["--objective", "masked_lm"], "mask_token"),
@@ -175,6 +180,18 @@ def test_missing_flags_and_files_are_usage(sat: Any, flags: list[object], tmp_pa
     assert sat("train")[0] == 2
     code, _, err = sat(*flags, "--config", tmp_path / "none.yaml")
     assert (code, "cannot read the config file" in err) == (2, True)
+
+
+def test_values_on_the_command_line_are_those_of_a_file(sat: Any, flags: list[object], tmp_path: Path) -> None:
+    lora = "lora: {type: LoRAMixin, r: 2, alpha: 1e1}"
+    code, _, err = sat(*flags, "--override", "layer_norm_epsilon=1e-3", "--mixin", lora, "--run-name", "3e-4")
+    assert code == 0, err
+    model = swissarmy.load(tmp_path / "run" / "final")
+    assert model.source.config.layer_norm_epsilon == 1e-3
+    assert model.get_mixin("lora").saved_options["alpha"] == 10
+    again = ["train", "--config", tmp_path / "run" / "config.yaml", "--output", tmp_path / "again", "--train-iters", 1]
+    assert sat(*again)[0] == 0
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["run_name"] == "3e-4"
 
 
 def test_problems_of_a_file_are_in_one_report_with_lines(sat: Any, tmp_path: Path) -> None:
