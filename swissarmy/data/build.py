@@ -53,6 +53,7 @@ def build_loaders(
     num_steps: int | None = None,
     epochs: float | None = None,
     vocab_size: int | None = None,
+    num_labels: int | None = None,
     create_dataset: CreateDataset = create_dataset,
     encode: Encoder | None = None,
     collate: Collate | None = None,
@@ -71,6 +72,7 @@ def build_loaders(
         epochs: How many epochs training takes, in place of `num_steps`. In an epoch each source is gone through as
             often as its weight says, or, where weights are shares, as many samples are seen as all sources have.
         vocab_size: How many ids the model knows; those of the tokenizer when `None`.
+        num_labels: How many classes the model knows; not looked at when `None`.
         create_dataset: Opens a path of the config.
         encode: Makes a sample of a record, instead of the encoder that the config describes.
         collate: Makes a batch of samples, instead of the collator that the config describes; it may get an empty list.
@@ -80,7 +82,12 @@ def build_loaders(
         DataError: A path cannot be read, or there is nothing to train on.
     """
     preparer = Preparer(
-        config=config, tokenizer=tokenizer, vocab_size=vocab_size, create_dataset=create_dataset, encode=encode
+        config=config,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        num_labels=num_labels,
+        create_dataset=create_dataset,
+        encode=encode,
     )
     opened = {number: preparer.open(config.train_data[number]) for number in _drawn(config)}
     loader = partial(_loader, preparer, collate=collate, rank=rank, world_size=world_size)

@@ -76,6 +76,8 @@ class Preparer:
     """Makes the ids, where records are text."""
     vocab_size: int | None = None
     """How many ids the model knows; those of the tokenizer when `None`."""
+    num_labels: int | None = None
+    """How many classes the model knows, where records have one."""
     create_dataset: CreateDataset = create_dataset
     """Opens a path."""
     encode: Encoder | None = None
@@ -173,11 +175,11 @@ class Preparer:
     def _examples(self, records: Source, encode: Encoder) -> Examples:
         known = None if self.tokenizer is None else len(self.tokenizer)
         vocab_size = known if self.vocab_size is None else self.vocab_size
+        examples = partial(Examples, records, encode, vocab_size=vocab_size, num_labels=self.num_labels)
         too_long = self.config.too_long
         if too_long == "split" or too_long == "drop":
-            return Examples(records, encode, vocab_size=vocab_size)
-        limit = self.config.sequence_length
-        return Examples(records, encode, max_length=limit, truncation=too_long, vocab_size=vocab_size)
+            return examples()
+        return examples(max_length=self.config.sequence_length, truncation=too_long)
 
     def _fitted(self, examples: Examples) -> Source:
         """Samples that are no longer than they may be, in rows if they are to be packed."""

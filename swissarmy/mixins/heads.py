@@ -181,7 +181,7 @@ class ClassificationHeadMixin(BaseMixin):
             "input_dropout": input_dropout,
             "padding_id": padding_id,
         }
-        self.pooling, self.padding_id = pooling, padding_id
+        self.num_labels, self.pooling, self.padding_id = num_labels, pooling, padding_id
         self.dense = None if activation is None else Linear(hidden_size, hidden_size)
         self.activation = nn.Identity() if activation is None else ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)

@@ -28,11 +28,14 @@ from swissarmy.training.parallel.mesh import check_plan
 from swissarmy.training.parallel.parallelize import parallelize
 from swissarmy.training.precision import mixed_precision_policy, prepare_weights
 from swissarmy.training.ranks import Ranks
+from swissarmy.training.steps.labels import known_labels
+from swissarmy.training.window import ForwardStep
 
 
 def make_loaders(
     config: TrainConfig,
     model: Model,
+    forward_step: ForwardStep,
     ranks: Ranks,
     tokenizer: Tokenizer | None,
     create_dataset: CreateDataset | None,
@@ -58,6 +61,7 @@ def make_loaders(
         num_steps=config.train_iters,
         epochs=config.epochs,
         vocab_size=decoder.config.vocab_size or None,
+        num_labels=known_labels(forward_step, model),
         create_dataset=create_dataset or open_by_extension,
         encode=encode,
         collate=collate,

@@ -124,7 +124,7 @@ def train(
 
         check_model(model, config, ranks)
         loaders = ranks.together(
-            partial(make_loaders, config, model, ranks, tokenizer, create_dataset, encode, collate)
+            partial(make_loaders, config, model, forward_step, ranks, tokenizer, create_dataset, encode, collate)
         )
         check_ranks_agree(config, model, loaders, ranks)
         contexts.enter_context(in_training_mode(model))

@@ -194,6 +194,32 @@ def test_values_on_the_command_line_are_those_of_a_file(sat: Any, flags: list[ob
     assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["run_name"] == "3e-4"
 
 
+def test_a_class_that_the_model_does_not_know_is_named_by_its_record(
+    sat: Any, flags: list[object], tmp_path: Path
+) -> None:
+    records = [{"text": line, "label": number % 3} for number, line in enumerate(LINES)]
+    (tmp_path / "lines.txt").unlink()
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in [*records[:8], {"text": "a", "label": 3}]))
+    changes = ["architectures=[GPT2ForSequenceClassification]", "pad_token_id=0"]
+    more = [
+        "--train-data",
+        file,
+        "--objective",
+        "classification",
+        "--allow-missing",
+        "mixins.*",
+        "--override",
+        *changes,
+    ]
+    flags = [each for each in flags if each not in ("--train-data", tmp_path / "lines.txt")]
+    code, _, err = sat(*flags, *more, "num_labels=3")
+    assert (code, "Traceback" in err) == (1, False)
+    assert f"{file}:9: the class is number 3, and the model has 3, numbered from 0: give its head more" in err
+    code, _, err = sat(*flags, *more, "num_labels=4")
+    assert code == 0, err
+
+
 def test_problems_of_a_file_are_in_one_report_with_lines(sat: Any, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: x\nlr: fast\nbatchsize: 3\n")

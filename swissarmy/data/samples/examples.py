@@ -72,9 +72,10 @@ class Examples:
         truncation: what becomes of a longer one: the end to cut off, or `error`. To split or drop long ones, leave
             `max_length` out and put `Pieces` or `Packed` around.
         vocab_size: how many ids the model knows; others are refused.
+        num_labels: how many classes it knows; others are refused.
 
     Raises:
-        ConfigError: `max_length` or `vocab_size` is below 1, or there is no such `truncation`.
+        ConfigError: `max_length`, `vocab_size` or `num_labels` is below 1, or there is no such `truncation`.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Examples:
         max_length: int | None = None,
         truncation: Literal["right", "left", "error"] = "right",
         vocab_size: int | None = None,
+        num_labels: int | None = None,
     ) -> None:
-        sizes = {"max_length": max_length, "vocab_size": vocab_size}
+        sizes = {"max_length": max_length, "vocab_size": vocab_size, "num_labels": num_labels}
         problems = [
             f"{name}={size} must be at least 1" for name, size in sizes.items() if size is not None and size < 1
         ]
@@ -94,7 +96,8 @@ class Examples:
             problems.append(f"truncation={truncation!r} is none of 'right', 'left', 'error'")
         report("Examples:", problems)
         self.source, self.encode = source, encode
-        self.max_length, self.truncation, self.vocab_size = max_length, truncation, vocab_size
+        self.max_length, self.truncation = max_length, truncation
+        self.vocab_size, self.num_labels = vocab_size, num_labels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -103,7 +106,8 @@ class Examples:
         """The sample of a record.
 
         Raises:
-            RecordError: the record cannot be read or encoded, is too long, or has an id that the model does not know.
+            RecordError: the record cannot be read or encoded, is too long, or has an id or a class that the model does
+                not know.
         """
         index = check_index(index, len(self.source))
         record = self.source[index]
@@ -137,6 +141,12 @@ class Examples:
         for name in TOKEN_FIELDS:
             if name in sample:
                 self._check(name, sample[name], where)
+        label = sample.get("labels")
+        if self.num_labels is not None and label is not None and label.ndim == 0 and label >= self.num_labels:
+            raise RecordError(
+                f"{where}: the class is number {label}, and the model has {self.num_labels}, numbered from "
+                "0: give its head more (num_labels), or mend the record"
+            )
         return sample
 
     def _check(self, name: str, ids: Ids, where: str) -> None:

@@ -12,7 +12,7 @@ from swissarmy.backbone.model import Model
 from swissarmy.data.loading.collate import CausalCollator, PackedCollator, Padding
 from swissarmy.testing import tiny_inputs, tiny_model
 from swissarmy.training.steps import STEPS
-from swissarmy.training.steps.labels import classification_step, image_classification_step
+from swissarmy.training.steps.labels import classification_step, image_classification_step, known_labels
 from swissarmy.training.steps.tokens import blank_infilling_step, causal_lm_step, masked_lm_step, seq2seq_step
 
 LENGTHS = (7, 3, 5)
@@ -56,6 +56,17 @@ def test_packed_documents_are_what_each_is_alone(family: str) -> None:
     loss, count, _ = causal_lm_step(PackedCollator(length=18, pad_id=0)([row]), model)
     torch.testing.assert_close(loss, by_hand(model))
     assert int(count) == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_a_label_that_the_head_has_no_score_for_is_refused() -> None:
+    model = tiny_model("gpt2")
+    model.add_mixin("head", sat.ClassificationHeadMixin.for_model(model, num_labels=3))
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.int64), "labels": torch.tensor([2, 3])}
+    with pytest.raises(sat.HookCallError, match="there is a label 3, and the model has 3 classes, from 0 on"):
+        classification_step(batch, model)
+    assert known_labels(classification_step, model) == known_labels(image_classification_step, model) == 3
+    assert known_labels(lambda batch, model: classification_step(batch, model), model) is None
+    assert known_labels(classification_step, tiny_model("bert")) is None
 
 
 def test_without_a_loss_mask_all_that_is_real_is_scored() -> None:
