@@ -1,5 +1,6 @@
 """Which optimizer a run uses, and over which groups of parameters."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,14 +44,14 @@ class OptimizerOptions(LearningRateOptions):
 
     def problems(self) -> Iterator[str]:
         """Numbers out of range."""
-        if not self.lr > 0:
-            yield f"lr={self.lr} must be positive."
+        if not 0 < self.lr < math.inf:
+            yield f"lr={self.lr} must be a positive number."
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             yield f"betas={self.betas} must be two numbers from 0 to below 1."
-        if not self.eps > 0:
-            yield f"eps={self.eps} must be positive."
-        if not self.weight_decay >= 0:
-            yield f"weight_decay={self.weight_decay} must not be negative."
+        if not 0 < self.eps < math.inf:
+            yield f"eps={self.eps} must be a positive number."
+        if not 0 <= self.weight_decay < math.inf:
+            yield f"weight_decay={self.weight_decay} must be a number that is not negative."
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             yield f"clip_grad_norm={self.clip_grad_norm} must be positive, or null for no clipping."
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

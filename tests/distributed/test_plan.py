@@ -79,7 +79,7 @@ def test_processes_that_share_samples_multiply() -> None:
     [
         ({"shard": 0}, "shard=0 must be at least 1"),
         ({"sequence_parallel": True}, "needs tensor_parallel of 2 or more"),
-        ({"distributed_timeout": 0}, "more than 0 seconds"),
+        ({"distributed_timeout": 0}, "seconds, and more than 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, object], said: str) -> None:

@@ -1,6 +1,7 @@
 """`TrainConfig`: one flat place, every problem in one report, and sizes of which two give the third."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def test_all_problems_of_all_groups_are_in_one_report() -> None:
         ({"train_data": (), "valid_data": ("a.txt",)}, "train_data is empty"),
         ({"early_stopping": 3}, "early_stopping needs an eval_interval"),
         ({"lr": "3e-4"}, "lr='3e-4' is not float"),
+        ({"lr": math.inf}, "lr=inf must be a positive number"),
+        ({"eps": math.inf}, "eps=inf must be a positive number"),
+        ({"weight_decay": math.nan}, "weight_decay=nan must be a number"),
+        ({"distributed_timeout": math.nan}, "distributed_timeout=nan must be a number of seconds"),
     ],
 )
 def test_what_makes_no_run_is_refused(changes: dict[str, Any], message: str) -> None:

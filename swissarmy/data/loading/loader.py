@@ -27,6 +27,7 @@ from swissarmy.data.sources.stream import StreamSource
 
 _LOG = logging.getLogger(__name__)
 _ABSENT: Final = "nothing"
+_BATCH: Final = "global batch size"
 
 
 class FingerprintError(DataError):
@@ -112,7 +113,7 @@ class Loader:
             fingerprint = {f"source {number}": part.fingerprint for number, part in enumerate(parts, 1)}
         self._fingerprint = {
             **order.fingerprint,
-            "global batch size": str(global_batch_size),
+            _BATCH: str(global_batch_size),
             "bucketing": "off" if bucketing is None else f"windows of {bucketing.window}, seed {bucketing.seed}",
             **fingerprint,
             **getattr(collate, "fingerprint", {}),
@@ -172,6 +173,13 @@ class Loader:
             raise FingerprintError(f"{lines}\nTo go on all the same, allow the data change (--allow-data-change).")
         for change in changes:
             _LOG.warning("resuming at step %d although the data changed: %s", state["step"], change)
+        was, now_size = state["fingerprint"].get(_BATCH), self._fingerprint[_BATCH]
+        if was != now_size:
+            _LOG.warning(
+                "the order of the samples goes on at number %d: steps are counted, and before they had %s samples each",
+                state["step"] * int(now_size),
+                was,
+            )
         now = self._reader.states()
         states = {part: state["streams"].get(str(part), now[part]) for part in now}
         self.step = state["step"]

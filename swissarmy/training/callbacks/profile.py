@@ -6,15 +6,18 @@ chrome://tracing), `operators-rank-0.txt` (a table), `memory-rank-0.json` (the p
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Final, final
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from swissarmy.core.errors import ConfigError
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
 from swissarmy.training.throughput import peak_memory
 
+_LOG = logging.getLogger(__name__)
 _EVENTS: Final = 200_000
 """How many of its allocations a CUDA device remembers."""
 
@@ -28,7 +31,15 @@ class ProfileCallback(Callback):
         self._profiler: profile | None = None
 
     def on_start(self, run: Run) -> None:
-        """Begin, if the next step is the first one."""
+        """Begin, if the next step is the first one.
+
+        Raises:
+            ConfigError: The run ends before that.
+        """
+        if self.first > run.train_iters:
+            raise ConfigError(f"profile={self.first} {self.last} is after the run's last step, {run.train_iters}.")
+        if run.step >= self.last:
+            _LOG.warning("steps %d to %d are done already: nothing is profiled", self.first, self.last)
         self._begin_before(run, run.step + 1)
 
     def on_step(self, run: Run, report: StepReport) -> None:

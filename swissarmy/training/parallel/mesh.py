@@ -50,8 +50,8 @@ class ParallelOptions(Config):
             size = getattr(self, name)
             if size is not None and size < 1:
                 yield f"{name}={size} must be at least 1"
-        if self.distributed_timeout <= 0:
-            yield f"distributed_timeout={self.distributed_timeout:g} must be more than 0 seconds"
+        if not 0 < self.distributed_timeout < 1e9:
+            yield f"distributed_timeout={self.distributed_timeout:g} must be a number of seconds, and more than 0"
         if self.sequence_parallel and self.tensor_parallel == 1:
             yield "sequence_parallel=True needs tensor_parallel of 2 or more: its processes share the positions"
 

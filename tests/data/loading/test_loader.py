@@ -287,6 +287,13 @@ def test_changed_data_is_an_error_unless_allowed(caplog: pytest.LogCaptureFixtur
     assert "source 1 was a of 37 and is a of 38" in caplog.text
 
 
+def test_another_batch_size_says_where_the_order_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    other = loader(global_batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict({**loader().state_dict(), "step": 3}, allow_data_change=True)
+    assert "goes on at number 12: steps are counted, and before they had 8 samples each" in caplog.text
+
+
 def test_only_what_changed_is_named() -> None:
     with pytest.raises(FingerprintError) as caught:
         loader(seed=6).load_state_dict(loader().state_dict())

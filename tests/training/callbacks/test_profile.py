@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from swissarmy.core.errors import ConfigError
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
 from swissarmy.training.callbacks.profile import ProfileCallback
 from swissarmy.training.ranks import Ranks
@@ -49,6 +51,16 @@ def test_the_trace_holds_the_steps_asked_for_and_no_other(tmp_path: Path) -> Non
 def test_the_first_step_can_be_profiled_and_each_rank_has_files_of_its_own(tmp_path: Path) -> None:
     profiled(tmp_path, 1, 1, rank=3)
     assert products(tmp_path / "profile" / "trace-rank-3.json.gz") == 1
+
+
+def test_steps_after_the_end_are_refused_and_those_that_are_done_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(ConfigError, match=f"profile=101 110 is after the run's last step, {run.train_iters}"):
+        profiled(tmp_path, 101, 110)
+    profiled(tmp_path, 2, 3, since=4)
+    assert "steps 2 to 3 are done already" in caplog.text
 
 
 def test_a_run_that_ends_or_is_resumed_within_has_the_steps_that_it_did(tmp_path: Path) -> None:
