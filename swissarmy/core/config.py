@@ -114,6 +114,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _name(hint: Any) -> str:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_name(argument) for argument in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

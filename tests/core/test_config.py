@@ -54,7 +54,7 @@ def test_lists_become_tuples_at_every_depth() -> None:
         ({"size": 1, "rate": False}, "rate=False is not float"),
         ({"size": 1, "kind": "c"}, "kind='c' is not one of 'a', 'b'"),
         ({"size": 1, "kind": ["a"]}, "kind=('a',) is not one of 'a', 'b'"),
-        ({"size": 1, "name": 3}, "name=3 is not str | None"),
+        ({"size": 1, "name": 3}, "name=3 is not str or None"),
         ({"size": 1, "betas": 0.9}, "betas=0.9 is not tuple[float, ...]"),
         ({"size": 1, "betas": [0.9, "x"]}, "betas=(0.9, 'x') is not tuple[float, ...]"),
         ({"size": 1, "options": [1]}, "options=(1,) is not dict[str, typing.Any]"),

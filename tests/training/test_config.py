@@ -56,6 +56,7 @@ def test_all_problems_of_all_groups_are_in_one_report() -> None:
         ({"train_data": (), "valid_data": ("a.txt",)}, "train_data is empty"),
         ({"early_stopping": 3}, "early_stopping needs an eval_interval"),
         ({"lr": "3e-4"}, "lr='3e-4' is not float"),
+        ({"precision": "fp8"}, "precision='fp8' is not one of 'fp32', 'bf16', 'fp16' or None"),
         ({"lr": math.inf}, "lr=inf must be a positive number"),
         ({"eps": math.inf}, "eps=inf must be a positive number"),
         ({"weight_decay": math.nan}, "weight_decay=nan must be a number"),

@@ -43,4 +43,5 @@ class EarlyStop(Callback):
     def _stop(self, run: Run) -> None:
         if self.without_improvement >= self.patience:
             than = "that is a number" if run.best_loss is None else f"below {run.best_loss:.6g}"
-            run.stop(f"{self.without_improvement} evaluations without a loss {than}")
+            times = f"{self.without_improvement} evaluation{'s'[: self.without_improvement > 1]}"
+            run.stop(f"{times} without a loss {than}")
