@@ -1,7 +1,7 @@
 """Evaluation: exact means over a whole set, the same at any number of ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -54,7 +54,7 @@ class EvaluationOptions(Config):
 
 def evaluate(
     model: nn.Module,
-    loader: Loader,
+    batches: Iterable[Any],
     forward_step: ForwardStep,
     *,
     ranks: Ranks | None = None,
@@ -68,7 +68,7 @@ def evaluate(
 
     Args:
         model: Sharded or not.
-        loader: Of an order that ends.
+        batches: A loader's, of an order that ends.
         forward_step: As in training.
         ranks: Who shares the work; this process alone when omitted.
         precision: What products are computed in; as the model is when omitted.
@@ -81,7 +81,7 @@ def evaluate(
         contexts.enter_context(in_eval_mode(model))
         contexts.enter_context(torch.no_grad())
         contexts.enter_context(autocast(precision, ranks.device.type))
-        for batch, counts in _with_stand_ins(islice(loader, max_batches), ranks):
+        for batch, counts in _with_stand_ins(islice(batches, max_batches), ranks):
             loss_sum, count, metrics = call_step(forward_step, to_device(batch, ranks.device), model)
             if counts:
                 totals.add(batch, loss_sum, count, metrics)

@@ -58,7 +58,7 @@ def write_config(config: TrainConfig, folder: Path) -> None:
 
 
 def forget_run(folder: Path) -> None:
-    """Leave no sign of a run that failed before its first step was done: the next one finds the folder free."""
+    """Leave no sign of a run that ended before its first step was done: the next one finds the folder free."""
     for name in (CONFIG, METRICS):
         (folder / name).unlink(missing_ok=True)
 

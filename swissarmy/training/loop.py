@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 
@@ -34,7 +33,7 @@ def train_steps(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> Non
     """
 
     def flags() -> tuple[bool, ...]:
-        return signals.received == signal.SIGTERM, signals.received == signal.SIGINT, checkpoints.failed
+        return *signals.raised(), checkpoints.failed
 
     loader = run.loaders.train
     assert loader is not None, "a run has data to train on"
@@ -141,12 +140,10 @@ def _bad_gradients(model: nn.Module, limit: int = 8) -> Iterator[str]:
 
 def _heed_flags(run: Run, window: Window, checkpoints: Checkpoints) -> None:
     """What happened on one rank concerns all, and all hear of it in the same step."""
-    terminated, interrupted, failed = window.sums.flags
+    *raised, failed = window.sums.flags
     if failed:
         checkpoints.wait()  # raises
-    if terminated or interrupted:
-        run.signal = signal.SIGTERM if terminated else signal.SIGINT
-        run.stop(f"{signal.Signals(run.signal).name} was received")
+    run.heed_signals(raised)
 
 
 def _too_many_skipped(run: Run, problem: str | None) -> TrainingError:

@@ -147,17 +147,17 @@ def train(
             folder=folder,
             train_iters=loaders.train.num_steps,
             tokenizer=tokenizer,
-            callbacks=(*callbacks, *_stock_callbacks(config, checkpoints)),
+            callbacks=(*callbacks, *_stock_callbacks(config, signals, checkpoints)),
         )
         resume(run, checkpoints)
         _carry_out(run, signals, checkpoints)
         return TrainResult.of(run)
 
 
-def _stock_callbacks(config: TrainConfig, checkpoints: Checkpoints) -> Iterator[Callback]:
+def _stock_callbacks(config: TrainConfig, signals: StopSignals, checkpoints: Checkpoints) -> Iterator[Callback]:
     """Those that look come before those that may end the run; what is saved comes last, with what all have counted."""
     yield from log_callbacks(config)
-    yield Evaluate()
+    yield Evaluate(signals)
     if config.early_stopping is not None:
         yield EarlyStop(config.early_stopping)
     yield Save(checkpoints)
@@ -176,10 +176,12 @@ def _carry_out(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> None
     except BaseException as error:
         with suppress(Exception):  # what went wrong first is what counts
             _tell_of_the_end(run, error)
+        raise
+    else:
+        _tell_of_the_end(run, None)
+    finally:
         if run.step == 0 and run.ranks.is_first:
             forget_run(run.folder)
-        raise
-    _tell_of_the_end(run, None)
 
 
 def _tell_of_the_end(run: Run, error: BaseException | None) -> None:

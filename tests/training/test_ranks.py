@@ -28,6 +28,7 @@ from tests.training.tiny_runs import (
     model_of,
     open_rows,
     run,
+    signalled,
     step,
     with_nan_in,
 )
@@ -115,6 +116,11 @@ def on_two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "other_start": outcome(folder / "other_start", model=model_of(seed=rank)),
         "nan": outcome(folder / "nan", forward_step=broken),
         "terminated": outcome(folder / "terminated", callbacks=[SignalItself()], train_iters=9),
+        "evaluation_ended": outcome(
+            folder / "evaluation_ended",
+            eval_interval=1,
+            forward_step=signalled(signal.SIGTERM, call=4, evaluating=True) if rank == 1 else step,
+        ),
         "metrics": metrics_of(with_metrics(*(("a", "bb") if rank == 0 else ("bb", "a")))),
         "other_metrics": refused_metrics("other", with_metrics(*(("a", "bb") if rank == 0 else ("a",)))),
         "later_metrics": refused_metrics("later", with_metrics("a", later=("bb",) if rank == 1 else ())),
@@ -183,6 +189,13 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step(both: list[dict[str,
     for each in (rank["terminated"] for rank in both):
         assert each["signal"] == signal.SIGTERM
         assert each["entries"] == ["start", "step 1", "step 2", "step 3", "save 3", "end"]
+
+
+def test_a_signal_to_one_rank_ends_an_evaluation_on_both(both: list[dict[str, Any]]) -> None:
+    """Of three batches each; the fourth is the first after the second step."""
+    for each in (rank["evaluation_ended"] for rank in both):
+        assert each["signal"] == signal.SIGTERM
+        assert each["entries"] == ["start", "step 1", "valid 1", "step 2", "save 2", "end"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from swissarmy.training.callbacks.base import Callback, Run, StepReport
 from swissarmy.training.train import TrainResult
 from tests.training.resumable_runs import STEPS, in_a_child, killed_run, outcome, random_run
 from tests.training.survives import sweep
-from tests.training.tiny_runs import Diary, largest_difference, model_of, run, step
+from tests.training.tiny_runs import Diary, largest_difference, model_of, run, signalled, step
 
 
 class At(Callback):
@@ -37,17 +37,8 @@ class At(Callback):
 
 
 def sent(number: int) -> Callable[[Any, Any], Any]:
-    """A forward step that gets a signal in its fifth call in training, which is in the third step."""
-    calls = 0
-
-    def interrupted(batch: Any, model: Any) -> Any:
-        nonlocal calls
-        calls += model.training
-        if model.training and calls == 5:
-            os.kill(os.getpid(), number)
-        return step(batch, model)
-
-    return interrupted
+    """A forward step that gets a signal in the third step, between two micro-batches."""
+    return signalled(number, call=5)
 
 
 # N + N steps are 2 N steps
@@ -130,6 +121,21 @@ def test_what_was_to_be_evaluated_when_a_signal_came_is_made_up_for(length: int,
     again, finished = entries_of(tmp_path / "run", train_iters=length)
     assert again == (after if length == 3 else [])  # the third step was saved before it was evaluated
     assert finished.loss == resumed.loss
+    assert evaluations_in(tmp_path / "run") == evaluations_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("call", "at"), [(1, 0), (3, 1), (4, 2), (5, 2), (8, 3)])
+def test_a_signal_ends_an_evaluation_and_what_is_left_of_it_is_made_up_for(call: int, at: int, tmp_path: Path) -> None:
+    """Two batches at the start, two after each step, and one of the test data."""
+    settings: dict[str, Any] = {"train_iters": 3, "eval_on_start": True, "eval_batch_size": 3}
+    expected, whole = entries_of(tmp_path / "whole", **settings)
+    forward_step = signalled(signal.SIGTERM, call=call, evaluating=True)
+    before, broken = entries_of(tmp_path / "run", forward_step=forward_step, **settings)
+    assert (broken.step, broken.signal) == (at, signal.SIGTERM)
+    assert not (tmp_path / "run" / "final").exists()
+    after, resumed = entries_of(tmp_path / "run", **settings)
+    assert before + after == expected
+    assert resumed.loss == whole.loss
     assert evaluations_in(tmp_path / "run") == evaluations_in(tmp_path / "whole")
 
 

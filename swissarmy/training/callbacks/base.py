@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from swissarmy.training.checkpoint.signals import STOPPING
+
 if TYPE_CHECKING:
     import torch
 
@@ -141,6 +143,13 @@ class Run:
     def stop(self, reason: str) -> None:
         """End the run after this step; to be called on every rank at the same step."""
         self.stop_reason = self.stop_reason or reason
+
+    def heed_signals(self, raised: Sequence[float]) -> None:
+        """End the run if a signal came: of each of `STOPPING`, on how many ranks."""
+        for number, ranks in zip(STOPPING, raised, strict=True):
+            if ranks and self.signal is None:
+                self.signal = number
+                self.stop(f"{number.name} was received")
 
     def was_evaluated(self, evaluation: Evaluation) -> None:
         """Keep an evaluation, and tell the callbacks."""

@@ -2,11 +2,15 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import final
+from typing import Any, final
+
+import torch
 
 from swissarmy.data.loading.loader import Loader
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
+from swissarmy.training.checkpoint.signals import StopSignals
 from swissarmy.training.evaluate import evaluate, has_samples, perplexity, reshard
 from swissarmy.training.optimizer import take_weights_to_evaluate, weights_to_evaluate
 
@@ -17,8 +21,15 @@ _LOG = logging.getLogger(__name__)
 class Evaluate(Callback):
     """Evaluates with the averaged weights where the run keeps them.
 
-    Where a signal ends the run, time is short: what is due after that step is evaluated when the run is resumed.
+    Where a signal ends the run, also during an evaluation, time is short: what is due then is evaluated when the run is
+    resumed.
+
+    Args:
+        signals: Looked at before each batch.
     """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
 
     def on_start(self, run: Run) -> None:
         """Evaluate before the first step, where that is wanted, or what was due when a signal came."""
@@ -29,8 +40,7 @@ class Evaluate(Callback):
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Evaluate where it is due."""
-        if run.signal is None:
-            self._evaluate_if_due(run)
+        self._evaluate_if_due(run)
 
     def _evaluate_if_due(self, run: Run) -> None:
         interval = run.config.eval_interval
@@ -41,18 +51,20 @@ class Evaluate(Callback):
 
     def _evaluate(self, run: Run, name: str, loader: Loader | None, max_batches: int | None) -> None:
         last = run.evaluations.get(name)
-        if not has_samples(loader) or (last is not None and last.step == run.step):
+        if run.signal is not None or not has_samples(loader) or (last is not None and last.step == run.step):
             return
         began = time.perf_counter()
         with averaged_weights(run):
             sums = evaluate(
                 run.model,
-                loader,
+                self._until_a_signal(run, loader),
                 run.forward_step,
                 ranks=run.ranks,
                 precision=run.config,
                 max_batches=max_batches,
             )
+        if run.signal is not None:
+            return
         if not sums.count:
             _LOG.warning("step %d: nothing was counted in the %s data", run.step, name)
             return
@@ -65,6 +77,15 @@ class Evaluate(Callback):
                 step=run.step, name=name, loss=sums.mean_loss, count=sums.count, metrics=metrics, seconds=seconds
             )
         )
+
+    def _until_a_signal(self, run: Run, loader: Loader) -> Iterator[Any]:
+        """Batches, for as long as no rank has to end."""
+        for batch in loader:
+            raised = torch.tensor(self.signals.raised(), dtype=run.ranks.number_type, device=run.ranks.device)
+            run.heed_signals(run.ranks.sum(raised))
+            if run.signal is not None:
+                return
+            yield batch
 
 
 def averaged_weights(run: Run) -> ExitStack:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after the step that is under way; a second one ends it at once."""
+"""SIGTERM and SIGINT end a run after the step or the batch that is under way; a second one ends it at once."""
 
 import os
 import signal
@@ -23,6 +23,10 @@ class StopSignals:
         """The first signal that came, if any did; its exit code is `128 + received`."""
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+
+    def raised(self) -> tuple[bool, ...]:
+        """Of each of `STOPPING`, whether it is the one that came."""
+        return tuple(self.received is each for each in STOPPING)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
