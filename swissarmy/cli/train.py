@@ -64,7 +64,7 @@ def _tokenizer(options: "TrainOptions") -> "Tokenizer | None":
 def _dry_run(options: "TrainOptions") -> int:
     from swissarmy.cli.train_model import planner
     from swissarmy.cli.train_plan import show
-    from swissarmy.training.dry_run import dry_run
+    from swissarmy.training.dry_run.plan import dry_run
 
     config = options.with_trainable(list(options.wanted_mixins))
     plan = dry_run(config, planner(options), options.world_size)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from swissarmy.cli import output
-from swissarmy.training.dry_run import Plan
+from swissarmy.training.dry_run.plan import Plan
 
 MEMORY: Mapping[str, str] = {
     "parameters": "parameters",

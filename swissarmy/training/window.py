@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, TypeVar, final
 
 import torch
@@ -240,9 +241,9 @@ def call_step(
         ConfigError: It gave something else than a scalar tensor, a number, and a sum and a count for each name.
     """
     match forward_step(batch, model):
-        case Tensor() as loss_sum, int() | float() | Tensor() as count:
+        case Tensor() as loss_sum, count:
             metrics: Mapping[str, tuple[Number, Number]] = {}
-        case Tensor() as loss_sum, int() | float() | Tensor() as count, Mapping() as metrics:
+        case Tensor() as loss_sum, count, Mapping() as metrics:
             pass
         case other:
             raise ConfigError(
@@ -310,7 +311,7 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
 
 
 def _kind(value: object) -> str:

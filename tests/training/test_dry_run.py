@@ -14,7 +14,7 @@ from swissarmy.cli.train_plan import show
 from swissarmy.models._family import build_model
 from swissarmy.testing import TINY_CONFIGS
 from swissarmy.training.config import TrainConfig
-from swissarmy.training.dry_run import Plan, dry_run
+from swissarmy.training.dry_run.plan import Plan, dry_run
 from swissarmy.training.optimizer import make_optimizer
 
 LIKE_LLAMA_70B = {

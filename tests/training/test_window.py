@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +107,16 @@ def test_a_loss_without_a_gradient_is_refused() -> None:
         window_of(model_of(), [4], detached)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    def counted(batch: dict[str, Tensor], model: Any) -> Any:
+        loss, count, _ = step(batch, model)
+        return loss, np.int64(int(count)), {"one": (np.float32(1), np.int64(2))}
+
+    window, _ = window_of(model_of(), [4, 3], counted)
+    plain, _ = window_of(model_of(), [4, 3])
+    assert (window.sums.mean_loss, window.sums.mean_metrics) == (plain.sums.mean_loss, {"one": 0.5})
+
+
 LOSS = torch.tensor(1.0)
 
 
@@ -113,6 +124,7 @@ LOSS = torch.tensor(1.0)
     ("given", "message"),
     [
         ((LOSS, torch.ones(3)), r"count is a tensor \[3\]; it must be one number"),
+        ((LOSS, {"acc": (1, 2)}), "count is a dict; it must be one number"),
         ((LOSS, 2, {"acc": 0.5}), r"metric 'acc' is a float; it must be \(sum, count\), two numbers"),
         ((LOSS, 2, {"acc": (torch.ones(2), 2)}), r"metric 'acc' is \(a tensor \[2\], a int\); it must be"),
         ((LOSS, 2, {"acc": (1, 2, 3)}), r"metric 'acc' is \(a int, a int, a int\); it must be"),

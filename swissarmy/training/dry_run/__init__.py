@@ -1,0 +1,1 @@
+"""What a run would take on many machines, found out on one."""
