@@ -41,7 +41,7 @@ def _train(options: "TrainOptions") -> int:
         model,
         STEPS[options.objective],
         None,
-        options.with_trainable(list(options.wanted_mixins)),
+        options.with_trainable(list(options.wanted_mixins)).with_record_format(),
         tokenizer=tokenizer,
         collate=collate,
         weights=weights,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self, final
+from typing import Annotated, Any, Final, Self, final
 
 import tyro
 
@@ -11,12 +11,17 @@ from swissarmy.cli.command import OF_THE_COMMAND_LINE, Options
 from swissarmy.cli.config_file import read_value
 from swissarmy.cli.loading import Dtype, Quantize
 from swissarmy.core.errors import ConfigError
-from swissarmy.data.config import NO_DATA
+from swissarmy.data.config import NO_DATA, RecordFormat
 from swissarmy.data.objectives.options import Objective
 from swissarmy.training.config import TrainConfig
 
 _OF_THIS_CALL = (*OF_THE_COMMAND_LINE, "dry_run", "world_size", "json")
 """What is not written beside the run."""
+_FORMATS: Final[Mapping[Objective, RecordFormat]] = {
+    "seq2seq": "seq2seq",
+    "classification": "classification",
+    "image_classification": "images",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,12 @@ class TrainOptions(TrainConfig, ModelChoice):
         if not added or self.trainable:
             return self
         return self.replace(trainable=tuple(f"mixins.{name}" for name in added))
+
+    def with_record_format(self) -> Self:
+        """The same, with the format of records that the objective is for, where there is but one."""
+        return (
+            self.replace(record_format=_FORMATS.get(self.objective, "auto")) if self.record_format == "auto" else self
+        )
 
     def to_save(self) -> dict[str, Any]:
         """What a config file can hold."""

@@ -83,13 +83,20 @@ class DataConfig(Config):
     """Whether `completion` predicts the prompt as well."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """What `chat` predicts: every answer of the assistant, the last one, or all."""
-    append_eos: bool = True
-    """Whether `text` and `completion` end with the end token."""
-    image_size: tuple[int, ...] = (224, 224)
-    """Height and width of `images`."""
+    append_eos: bool | None = None
+    """Whether `text` and `completion` end with the end token; where the tokenizer has one when `None`."""
+    image_size: tuple[int, ...] | None = None
+    """Height and width of `images`; in training the model's when `None`, elsewhere 224 224."""
+    image_mean: tuple[float, ...] | None = None
+    """What is taken off each channel of `images`, whose values are 0 to 1; 0.5 when `None`."""
+    image_std: tuple[float, ...] | None = None
+    """What each channel is then divided by; 0.5 when `None`."""
+    image_crop: bool = False
+    """Whether `images` keep their proportions, and lose what sticks out, instead of being stretched."""
 
     sequence_length: int | None = None
-    """The most tokens of a sample; the length of a row when packing."""
+    """The most tokens of a sample; the length of a row when packing. In training as many as the model takes when
+    `None`, elsewhere no limit."""
     truncation: Literal["right", "left", "error", "split", "drop"] | None = None
     """What happens to longer ones: the end to cut off, an error, several samples of it, or none. `None`: `split` when
     packing, `right` otherwise."""
@@ -140,13 +147,23 @@ class DataConfig(Config):
         """`truncation`, or what stands for it."""
         return self.truncation or ("split" if self.packing else "right")
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of `images`, filled in."""
+        height, width = self.image_size or (224, 224)
+        return len(self.image_mean or self.image_std or "RGB"), height, width
+
     def _wrong_sizes(self) -> Iterator[str]:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:  # not `<`: NaN is wrong as well
                 yield f"{name}={value} must be at least {least}."
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             yield f"image_size={self.image_size} must be a height and a width."
+        if self.image_std is not None and not all(scale > 0 for scale in self.image_std):
+            yield f"image_std={self.image_std} must be above 0."
+        if self.image_mean and self.image_std and len(self.image_mean) != len(self.image_std):
+            yield f"image_mean has {len(self.image_mean)} channels and image_std {len(self.image_std)}."
 
     def _wrong_weights(self) -> Iterator[str]:
         try:

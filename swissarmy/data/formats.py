@@ -71,9 +71,13 @@ def encoder_for(record_format: RecordFormat, config: DataConfig, tokenizer: Toke
     if record_format == "tokens":
         return TokensEncoder(tokens_field=config.tokens_field)
     if record_format == "images":
-        height, width = config.image_size
+        channels, height, width = config.image_shape
+        half = (0.5,) * channels
         return ImageEncoder(
             size=(height, width),
+            mean=config.image_mean or half,
+            std=config.image_std or half,
+            crop=config.image_crop,
             image_field=config.image_field,
             label_field=config.label_field,
             label_names=config.label_names,
@@ -84,13 +88,14 @@ def encoder_for(record_format: RecordFormat, config: DataConfig, tokenizer: Toke
 
 
 def _text_encoder(record_format: RecordFormat, config: DataConfig, tokenizer: Tokenizer) -> Encoder:
+    append_eos = tokenizer.eos_token_id is not None if config.append_eos is None else config.append_eos
     match record_format:
         case "completion":
             return CompletionEncoder(
                 tokenizer=tokenizer,
                 prompt_field=config.prompt_field,
                 completion_field=config.completion_field,
-                append_eos=config.append_eos,
+                append_eos=append_eos,
                 train_on_prompt=config.train_on_prompt,
             )
         case "chat":
@@ -111,7 +116,7 @@ def _text_encoder(record_format: RecordFormat, config: DataConfig, tokenizer: To
                 label_names=config.label_names,
             )
         case _:
-            return TextEncoder(tokenizer=tokenizer, text_field=config.text_field, append_eos=config.append_eos)
+            return TextEncoder(tokenizer=tokenizer, text_field=config.text_field, append_eos=append_eos)
 
 
 def collator_for(record_format: RecordFormat, config: DataConfig, tokenizer: Tokenizer | None) -> Collate:

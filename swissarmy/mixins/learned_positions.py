@@ -37,6 +37,11 @@ class LearnedPositionsMixin(BaseMixin):
         """The position of a row's first token, as callers count: RoBERTa's begin after the padding token's row."""
         return 0 if self.padding_id is None else self.padding_id + 1
 
+    @property
+    def longest(self) -> int:
+        """How many positions there are for tokens."""
+        return self.table.num_embeddings - self.first_position
+
     @classmethod
     def for_config(cls, config: TransformerConfig, **options: Any) -> Self:
         """A row for each position up to the model's maximum length."""
@@ -55,13 +60,18 @@ class LearnedPositionsMixin(BaseMixin):
         if kw_args["given_position_ids"] is None:
             remembered = 0 if kw_args["mems"] is None else len(kw_args["mems"])
             self._check_length(kw_args["positions_before"] + remembered + position_ids.shape[-1])
-        positions: Tensor = self.table(position_ids)
+        try:
+            positions: Tensor = self.table(position_ids)
+        except IndexError:  # on a CPU
+            raise HookCallError(
+                f"a position {int(position_ids.max())}, and the last of the table is {self.table.num_embeddings - 1}: "
+                "shorten the input."
+            ) from None
         return positions
 
     def _check_length(self, length: int) -> None:
-        longest = self.table.num_embeddings - self.first_position
-        if length > longest:
-            raise HookCallError(f"{length} tokens, and the model has {longest} positions: shorten the input.")
+        if length > self.longest:
+            raise HookCallError(f"{length} tokens, and the model has {self.longest} positions: shorten the input.")
 
     def _counted(
         self,

@@ -29,6 +29,7 @@ from swissarmy.training.parallel.parallelize import parallelize
 from swissarmy.training.precision import mixed_precision_policy, prepare_weights
 from swissarmy.training.ranks import Ranks
 from swissarmy.training.steps.labels import known_labels
+from swissarmy.training.steps.tokens import check_step
 from swissarmy.training.window import ForwardStep
 
 
@@ -73,8 +74,9 @@ def make_loaders(
     return loaders
 
 
-def check_model(model: Model, config: TrainConfig, ranks: Ranks) -> None:
-    """Refuse a model that does not fit the processes, or patterns that fit nothing in it; freeze what does not train.
+def check_model(model: Model, forward_step: ForwardStep, config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse a model that does not fit the processes or the forward step, or patterns that fit nothing in it; freeze
+    what does not train.
 
     Raises:
         ConfigError: All that does not fit.
@@ -82,6 +84,7 @@ def check_model(model: Model, config: TrainConfig, ranks: Ranks) -> None:
     """
     configs = [plain.config for _, plain in iterate_models(model)]
     check_plan(config, configs, ranks.world_size)
+    check_step(forward_step, model)
     check_savable(model.saved)  # a run that ends without a model to keep should not begin
     if config.trainable:
         freeze_except(model, config.trainable)

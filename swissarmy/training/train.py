@@ -39,6 +39,7 @@ from swissarmy.training.prepare import (
     prepare_model,
 )
 from swissarmy.training.ranks import joined_ranks
+from swissarmy.training.sample_sizes import sized_for
 from swissarmy.training.spikes import Spikes
 from swissarmy.training.window import ForwardStep
 
@@ -122,7 +123,8 @@ def train(
         if config.keep_memory and ranks.device.type == "cpu":
             keep_freed_memory()
 
-        check_model(model, config, ranks)
+        check_model(model, forward_step, config, ranks)
+        config = sized_for(config, model)
         loaders = ranks.together(
             partial(make_loaders, config, model, forward_step, ranks, tokenizer, create_dataset, encode, collate)
         )

@@ -220,6 +220,12 @@ def test_a_class_that_the_model_does_not_know_is_named_by_its_record(
     assert code == 0, err
 
 
+def test_the_objective_says_what_records_are(sat: Any, flags: list[object], text: Path) -> None:
+    code, _, err = sat(*flags, "--objective", "classification")
+    assert code == 1
+    assert re.search(rf"{text}:\d+: there is no field 'label'. Its fields: 'text'", err)
+
+
 def test_problems_of_a_file_are_in_one_report_with_lines(sat: Any, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: x\nlr: fast\nbatchsize: 3\n")

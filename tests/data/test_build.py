@@ -14,13 +14,16 @@ import torch
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.config import DataConfig
+from swissarmy.data.formats import encoder_for
 from swissarmy.data.loading.loader import FingerprintError
+from swissarmy.data.samples.encoders import TextEncoder
 from swissarmy.data.samples.examples import Examples
+from swissarmy.data.samples.image_encoder import ImageEncoder
 from swissarmy.data.source import DataError, RecordError
 from swissarmy.data.sources.stream import Stream
 from swissarmy.data.sources.token_file import write_token_file
 from swissarmy.data.sources.tokens import TokenDocuments
-from tests.data.tiny_data import letters
+from tests.data.tiny_data import letters, pairs
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[:1] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -57,6 +60,21 @@ def first_tokens(loader: Any) -> list[int]:
 
 
 # What is read
+
+
+def test_texts_end_where_the_tokenizer_has_an_end() -> None:
+    config = DataConfig(train_data=("a",))
+    for tokenizer, has_end in ((pairs(), False), (letters(), True)):
+        assert encoder_for("text", config, tokenizer) == TextEncoder(tokenizer=tokenizer, append_eos=has_end)
+    with pytest.raises(ConfigError, match="the tokenizer has no eos_token to end texts with: say append_eos=False"):
+        encoder_for("text", config.replace(append_eos=True), pairs())
+
+
+def test_pictures_are_scaled_as_the_config_says() -> None:
+    config = DataConfig(train_data=("a",))
+    assert encoder_for("images", config, None) == ImageEncoder(size=(224, 224))
+    other = config.replace(image_size=(8, 12), image_mean=(0.1,), image_crop=True)
+    assert encoder_for("images", other, None) == ImageEncoder(size=(8, 12), mean=(0.1,), std=(0.5,), crop=True)
 
 
 def test_text_becomes_padded_batches(words: str) -> None:

@@ -32,6 +32,8 @@ from swissarmy.data.config import DataConfig
         ({"train_data": ("a",), "num_workers": -1}, "num_workers=-1 must be at least 0"),
         ({"train_data": ("a",), "worker_timeout": float("nan")}, "worker_timeout=nan"),
         ({"train_data": ("a",), "image_size": (3,)}, "height and a width"),
+        ({"train_data": ("a",), "image_std": (0.5, 0.0)}, "must be above 0"),
+        ({"train_data": ("a",), "image_mean": (0.5,), "image_std": (0.5, 0.5)}, "1 channels and image_std 2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

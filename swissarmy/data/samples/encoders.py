@@ -49,7 +49,8 @@ class TokenizerEncoder(ABC):
             ConfigError: the tokenizer has none.
         """
         if self.tokenizer.eos_token_id is None:
-            raise ConfigError(f"{type(self).__name__}: the tokenizer has no eos_token: say append_eos=False")
+            cure = ": say append_eos=False" if hasattr(self, "append_eos") else ""
+            raise ConfigError(f"{type(self).__name__}: the tokenizer has no eos_token to end texts with{cure}")
         return self.tokenizer.eos_token_id
 
 

@@ -90,7 +90,7 @@ def _run_layers(config: TrainConfig, build: Callable[[], Model], samples: int, l
                 sequence_parallel=config.sequence_parallel,
                 shard_vocabulary=config.shard_vocabulary,
             )
-        inputs = _inputs(model, samples, length)
+        inputs = _inputs(model, config, samples, length)
         before = watch.alive
         with autocast(config, "cpu"):
             loss = model(**inputs)[0].float().sum()
@@ -118,12 +118,11 @@ def without_values(model: Model) -> None:
             setattr(module, name, made[tensor])
 
 
-def _inputs(model: Model, samples: int, length: int) -> dict[str, Any]:
+def _inputs(model: Model, config: TrainConfig, samples: int, length: int) -> dict[str, Any]:
     """What a micro-batch would be; of logits only the last are made, as training makes them a few at a time."""
     ids = torch.zeros(samples, length, dtype=torch.long)
     if not isinstance(model, BaseModel):
         return {"input_ids": ids, "decoder_input_ids": ids, "logits_to_keep": 1}
     if model.config.vocab_size:
         return {"input_ids": ids, "logits_to_keep": 1}
-    size = getattr(model.source.config, "image_size", 224)
-    return {"pixel_values": torch.zeros(samples, getattr(model.source.config, "num_channels", 3), size, size)}
+    return {"pixel_values": torch.zeros(samples, *config.image_shape)}

@@ -30,6 +30,7 @@ from swissarmy.training.optimizer import make_optimizer
 from swissarmy.training.parallel.mesh import make_mesh, plan_problems
 from swissarmy.training.parallel.parallelize import parallelize
 from swissarmy.training.precision import prepare_weights
+from swissarmy.training.sample_sizes import sized_for
 
 
 @final
@@ -107,6 +108,7 @@ def dry_run(config: TrainConfig, build: Callable[[], Model], world_size: int) ->
     sizes = config.batch_sizes(data_size)
     report("the batch:", sharing_problems(sizes.global_batch_size, sizes.accumulation, data_size))
     samples = sizes.global_batch_size // (data_size * sizes.accumulation)
+    config = sized_for(config, model)
     length = config.sequence_length or configs[-1].max_sequence_length
     if config.trainable:
         freeze_except(model, config.trainable)

@@ -5,11 +5,13 @@ Shapes: b rows, s positions, m positions of a target.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from swissarmy.backbone.model import Model
+from swissarmy.backbone.model import Model, iterate_models
+from swissarmy.core.errors import ConfigError
 from swissarmy.data.samples.examples import IGNORED
 from swissarmy.nn.token_losses import TokenLosses
 from swissarmy.training.steps.inputs import model_inputs, needed
@@ -67,6 +69,19 @@ def blank_infilling_step(batch: Mapping[str, Tensor], model: Model) -> tuple[Ten
         model: A causal one.
     """
     return _token_loss(batch, model, needed(batch, "targets"))
+
+
+def check_step(forward_step: Any, model: Model) -> None:
+    """Whether a model is one that a forward step is for.
+
+    Raises:
+        ConfigError: It would see what it is to predict.
+    """
+    if forward_step is causal_lm_step and any(not plain.config.causal for _, plain in iterate_models(model)):
+        raise ConfigError(
+            "causal_lm predicts each next token, and this model sees it: its attention goes both ways (causal=False). "
+            "Train it with masked_lm, or with seq2seq where it has a decoder."
+        )
 
 
 def _token_loss(batch: Mapping[str, Tensor], model: Model, targets: Tensor) -> tuple[Tensor, Tensor, Metrics]:
