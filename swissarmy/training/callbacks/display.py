@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO, final
 
 from swissarmy.training.callbacks.base import Run
-from swissarmy.training.callbacks.lines import Lines, duration, evaluation_text, line_of, short, speed_texts
+from swissarmy.training.callbacks.lines import Lines, duration, evaluation_text, has_tokens, line_of, short, speed_texts
 from swissarmy.training.callbacks.sinks import Record, Sink
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class LiveDisplay:
             table.add_row(record["name"], f"{evaluation_text(record)}   {_when(record)}")
         table.add_row("gradient", f"norm {step['grad_norm']:.3f}   lr {step['lr']:.2e}")
         table.add_row("speed", "   ".join(speed_texts(step)))
-        table.add_row("seen", f"{short(step['tokens'])} tokens in {short(step['samples'])} samples")
+        tokens = f"{short(step['tokens'])} tokens in " if has_tokens(step) else ""
+        table.add_row("seen", f"{tokens}{short(step['samples'])} samples")
         if step["blend"]:
             table.add_row("blend", _blend_text(step["blend"]))
         if step["skipped"]:

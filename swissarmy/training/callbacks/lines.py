@@ -73,12 +73,18 @@ def _step_texts(record: Record) -> Iterator[str]:
 
 def speed_texts(record: Record) -> Iterator[str]:
     """The speeds of a step, and its memory."""
-    yield f"{short(record['tokens_per_second'])} tokens/s"
+    unit = "tokens" if has_tokens(record) else "samples"
+    yield f"{short(record['tokens_per_second'])} {unit}/s"
     if record["mfu"] is not None:
         yield f"MFU {record['mfu']:.1%}"
     if record["memory"] is not None:
         yield f"memory {size(record['memory'])}"
     yield f"waited {record['waited']:.1%}"
+
+
+def has_tokens(record: Record) -> bool:
+    """Whether samples are of tokens; pictures count as one."""
+    return bool(record["tokens"] != record["samples"])
 
 
 def evaluation_text(record: Record) -> str:
