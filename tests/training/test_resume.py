@@ -186,6 +186,17 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", model=model_of(n_embd=64), train_iters=4, resume="auto")
 
 
+def test_what_does_not_fit_is_told_with_the_settings_that_changed(tmp_path: Path) -> None:
+    run(tmp_path / "run", train_iters=2, save_interval=2)
+    with pytest.raises(CheckpointError) as refused:
+        run(tmp_path / "run", optimizer="muon", train_iters=4, resume="auto")
+    changes = "optimizer was 'adamw' and is 'muon'; save_interval was 2 and is None; train_iters was 2 and is 4"
+    assert refused.value.__notes__ == [f"Since then other settings: {changes}."]
+    with pytest.raises(FingerprintError) as other_data:
+        run(tmp_path / "run", train_iters=2, save_interval=2, seed=1, resume="auto")
+    assert other_data.value.__notes__ == ["Since then other settings: seed was 0 and is 1."]
+
+
 def test_there_must_be_something_to_resume_where_there_must(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no step to resume from"):
         run(tmp_path / "run", resume="must")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from swissarmy.core.errors import CheckpointError
+from swissarmy.core.errors import CheckpointError, SwissArmyError
 from swissarmy.interop.json_object import parse_json_object
 from swissarmy.interop.matching import report
 from swissarmy.interop.safe_write import MANIFEST, verify_manifest
@@ -74,11 +74,16 @@ def restore(
         FingerprintError: The data changed.
     """
     folder, metadata, values = step.folder, step.metadata, step.values
-    ranks.together(partial(check_frozen, values["frozen"], frozen))
-    state.make_room(metadata.state_dict_metadata.keys())
-    tensors = state.tensors()
-    ranks.together(partial(_compare, folder, tensors, metadata, ranks.world_size))
-    ranks.together(partial(state.load_data, values, allow_data_change=allow_data_change))
+    try:
+        ranks.together(partial(check_frozen, values["frozen"], frozen))
+        state.make_room(metadata.state_dict_metadata.keys())
+        tensors = state.tensors()
+        ranks.together(partial(_compare, folder, tensors, metadata, ranks.world_size))
+        ranks.together(partial(state.load_data, values, allow_data_change=allow_data_change))
+    except SwissArmyError as error:
+        if changes := state.changes(values):
+            error.add_note(f"Since then other settings: {'; '.join(changes)}.")
+        raise
 
     is_same_layout = [values["ranks"], values["readers"]] == [ranks.world_size, ranks.data_size]
     draws = random_tensors(ranks) if is_same_layout else first_random_tensors()

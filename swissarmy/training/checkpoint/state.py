@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -80,9 +80,15 @@ class TrainState:
         if self.loader is not None and values["loader"] is not None:
             self.loader.load_state_dict(values["loader"], allow_data_change=allow_data_change)
 
+    def changes(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """The settings that are others than `values` say; where a run is, and whether to resume it, is none of it."""
+        old, new = values["extra"].get("config", {}), _settings(self.extra)
+        names = sorted(old.keys() & new.keys() - {"resume", "output"})
+        return tuple(f"{name} was {old[name]!r} and is {new[name]!r}" for name in names if old[name] != new[name])
+
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take over what `values` gave, but for the data."""
-        for change in _changes(values["extra"]["config"], _settings(self.extra)):
+        for change in self.changes(values):
             _LOG.warning("resuming at step %d with another setting: %s", values["step"], change)
         self.step, self.extra = values["step"], values["extra"]
         load_optimizer_values(self.model, self.optimizer, values["optimizer"])
@@ -96,10 +102,3 @@ def _settings(extra: Mapping[str, Any]) -> dict[str, Any]:
     """The run's config as it comes back from a file: tuples are lists, and paths are text."""
     settings: dict[str, Any] = json.loads(json.dumps(extra.get("config", {}), default=str))
     return settings
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each setting that both have and that differs; whether to resume is none of the run."""
-    for name in sorted(old.keys() & new.keys() - {"resume"}):
-        if old[name] != new[name]:
-            yield f"{name} was {old[name]!r} and is {new[name]!r}"
