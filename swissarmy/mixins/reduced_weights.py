@@ -39,6 +39,11 @@ class ReducedTable(nn.Module):
         self.num_embeddings = len(weight)
         self.register_buffer("like", weight.new_empty(0), persistent=False)  # of the model's precision, and stays so
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """What stands for the weight."""
+        return (self.rows,) if self.scale is None else (self.rows, self.scale)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """`[b, s]` token ids to `[b, s, h]`."""
         rows = F.embedding(input_ids, self.rows).to(self.like.dtype)

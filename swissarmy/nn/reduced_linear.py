@@ -43,6 +43,11 @@ class ReducedLinear(nn.Module, ABC):
             return product
         return self.multiply(x)
 
+    @property
+    @abstractmethod
+    def held(self) -> tuple[Tensor, ...]:
+        """What stands for the weight, and the bias if there is one."""
+
     @abstractmethod
     def multiply(self, x: Tensor) -> Tensor:
         """The product by the kernel of this kind, `[..., i]` to `[..., o]`."""
@@ -84,6 +89,11 @@ class HalfLinear(ReducedLinear):
             raise ConfigError('a weight is beyond the range of float16: use quantize="int8".')
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), _float(bias))
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The rounded weight, and the bias."""
+        return _present(*torch.ops.quantized.linear_unpack_fp16(self.packed))
+
     def multiply(self, x: Tensor) -> Tensor:
         """FBGEMM's product of float32 rows and packed float16 weights."""
         product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
@@ -109,6 +119,11 @@ class Int8Linear(ReducedLinear):
         self.steps = F.pad(steps, (0, self.missing_inputs)).contiguous()
         self.scale = scale.bfloat16()  # exactly: the steps are of that size
         self.bias = _float(bias)
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The steps, their sizes, and the bias."""
+        return _present(self.steps, self.scale, self.bias)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product in bfloat16, the bias in float32."""
@@ -157,6 +172,11 @@ class Int4Linear(ReducedLinear):
         self.scales = torch.stack((scale, least + 8 * scale), dim=-1).transpose(0, 1).contiguous().bfloat16()
         self.bias = _float(bias)
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The steps, their sizes and offsets, and the bias."""
+        return _present(self.packed, self.scales, self.bias)
+
     def multiply(self, x: Tensor) -> Tensor:
         """The packed product in bfloat16. One row goes twice: alone it would take the kernel's slow path."""
         rows = _bfloat16_rows(x, self.missing_inputs)
@@ -174,15 +194,20 @@ class WidenedLinear(ReducedLinear):
         super().__init__(weight, bias)
         self.kind = kind
         self.bias = None if bias is None else bias.detach()
-        self.held: tuple[Tensor, ...]
+        self.rounded: tuple[Tensor, ...]
         if kind == "fp16":
-            self.held = (weight.half(),)
+            self.rounded = (weight.half(),)
         elif kind == "int8":
-            self.held = rounded_rows(weight)
+            self.rounded = rounded_rows(weight)
         else:
             padded = F.pad(weight, (0, -self.in_features % Int4Linear.GROUP))
             steps, scale, least = rounded_groups(padded, Int4Linear.GROUP)
-            self.held = (steps[..., ::2] | (steps[..., 1::2] << 4), scale[..., None], least[..., None])
+            self.rounded = (steps[..., ::2] | (steps[..., 1::2] << 4), scale[..., None], least[..., None])
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The rounded weight, and the bias."""
+        return _present(*self.rounded, self.bias)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Widen, and multiply."""
@@ -195,10 +220,10 @@ class WidenedLinear(ReducedLinear):
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if self.kind == "fp16":
-            return self.held[0].to(dtype)
+            return self.rounded[0].to(dtype)
         if self.kind == "int8":
-            return self.held[0].to(dtype) * self.held[1][:, None].to(dtype)
-        pairs, scale, least = self.held
+            return self.rounded[0].to(dtype) * self.rounded[1][:, None].to(dtype)
+        pairs, scale, least = self.rounded
         steps = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).to(dtype)
         return (steps * scale.to(dtype) + least.to(dtype)).flatten(1)[:, : self.in_features]
 
@@ -250,6 +275,10 @@ def _with_bias(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """A bfloat16 product `[rows, o]` with its float32 bias, in the shape and the precision of its input `[..., i]`."""
     whole = (product if bias is None else product + bias).to(x.dtype)
     return whole.view(*x.shape[:-1], product.shape[1])
+
+
+def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(each for each in tensors if each is not None)
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

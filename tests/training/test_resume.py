@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swissarmy.core.errors import CheckpointError
 from swissarmy.data.loading.loader import FingerprintError
-from swissarmy.testing import run_distributed
+from swissarmy.mixins.lora import LoRAMixin
+from swissarmy.mixins.reduced_weights import reduce_weights
+from swissarmy.nn.reduced_linear import Kind
+from swissarmy.testing import run_distributed, tiny_model
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
 from swissarmy.training.train import TrainResult
 from tests.training.resumable_runs import STEPS, in_a_child, killed_run, outcome, random_run
@@ -195,6 +199,26 @@ def test_what_does_not_fit_is_told_with_the_settings_that_changed(tmp_path: Path
     with pytest.raises(FingerprintError) as other_data:
         run(tmp_path / "run", train_iters=2, save_interval=2, seed=1, resume="auto")
     assert other_data.value.__notes__ == ["Since then other settings: seed was 0 and is 1."]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+def test_reduced_weights_of_another_model_are_refused(kind: Kind, tmp_path: Path) -> None:
+    def resumed(scale: float, steps: int) -> TrainResult:
+        model = tiny_model("gpt2")
+        with torch.no_grad():
+            model.transformer.layers[1].mlp.up.weight *= scale
+        reduce_weights(model, kind)
+        torch.manual_seed(0)
+        model.add_mixin("lora", LoRAMixin.for_model(model, r=2))
+        model.freeze_except("mixins.lora")
+        return run(tmp_path / "run", model=model, train_iters=steps, save_interval=1, resume="auto")
+
+    resumed(1.0, 1)
+    with pytest.raises(
+        CheckpointError, match=r"the weights that do not train.*\n  - mixins.*mlp_up.held.*other values"
+    ):
+        resumed(1.1, 2)
+    assert resumed(1.0, 2).step == 2
 
 
 def test_there_must_be_something_to_resume_where_there_must(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from swissarmy.core.errors import CheckpointError
+from swissarmy.mixins.reduced_weights import ReducedTable
+from swissarmy.nn.reduced_linear import ReducedLinear
 from swissarmy.training.own_part import own_part
 from swissarmy.training.ranks import Ranks
 
@@ -16,11 +18,16 @@ _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 
 
 def frozen_identity(model: nn.Module, ranks: Ranks) -> dict[str, list[Any]]:
-    """Shape, dtype and the sum of all bits of every parameter that does not train, by name; every rank calls it.
+    """Shape, dtype and the sum of all bits of everything that does not train, by name; every rank calls it.
 
     Each tensor is read once. The sum is of whole numbers, so it is the same however the tensor is sharded.
     """
-    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen: dict[str, Tensor] = {
+        name: each for name, each in model.named_parameters() if not (each.requires_grad or each.is_meta)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, ReducedLinear | ReducedTable):  # what they stand in for was let go
+            frozen |= {f"{name}.held.{number}": held for number, held in enumerate(module.held)}
     own = [_sum_of_bits(parameter) if _is_counted(parameter, ranks) else 0 for parameter in frozen.values()]
     sums = [sum(each) % 2**64 for each in zip(*ranks.gather(own), strict=True)]
     return {
@@ -65,8 +72,6 @@ def _is_counted(parameter: Tensor, ranks: Ranks) -> bool:
 
 def _sum_of_bits(parameter: Tensor) -> int:
     local = own_part(parameter)
-    if local.is_meta:  # weights that were reduced, and let go
-        return 0
     bits = local.detach().reshape(-1).view(_INTEGERS[local.dtype.itemsize])
     pieces = range(0, bits.numel(), _PIECE)  # of int64, in which they are added up
     return sum(int(bits[start : start + _PIECE].sum(dtype=torch.int64)) for start in pieces) % 2**64
