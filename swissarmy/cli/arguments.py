@@ -2,10 +2,10 @@
 
 import dataclasses
 import typing
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import tyro
 
@@ -15,6 +15,8 @@ from swissarmy.cli.dataclass_values import construct, default_of, inner_dataclas
 from swissarmy.core.errors import ConfigError
 
 T = TypeVar("T")
+_NULLS: Final = ("null", "None")
+"""No value, as YAML and as Python write it."""
 
 
 def parse(name: str, command: Command, arguments: Sequence[str]) -> Options:
@@ -30,10 +32,30 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> Options:
     except ConfigError as error:
         raise UsageError(str(error)) from error
     _check_given_once(arguments, command)
+    arguments, nulls = _without_nulls(arguments, command)
+    values = {**values, **nulls}
     arguments = _spread(arguments, command.repeatable)
     for flag in {argument.split("=")[0] for argument in arguments}.intersection(command.repeatable):
         values.pop(flag.removeprefix("--").replace("-", "_"), None)  # the flag parser would add to it
     return parse_over(command.options_class, values, arguments, prog=f"sat {name}", description=_description(command))
+
+
+def _without_nulls(arguments: Sequence[str], command: Command) -> tuple[list[str], dict[str, None]]:
+    """The arguments without those such as `--clip-grad-norm null`, and the fields that these set to `None`."""
+    hints = typing.get_type_hints(command.options_class)
+    left, rest, nulls = deque(arguments), list[str](), dict[str, None]()
+    while left:
+        argument = left.popleft()
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        may_be_null = flag.startswith("--") and type(None) in typing.get_args(hints.get(name))
+        if may_be_null and (value in _NULLS or (not value and left and left[0] in _NULLS)):
+            nulls[name] = None
+            if value not in _NULLS:
+                left.popleft()
+        else:
+            rest.append(argument)
+    return rest, nulls
 
 
 def _check_given_once(arguments: Sequence[str], command: Command) -> None:

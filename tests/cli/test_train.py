@@ -220,6 +220,17 @@ def test_a_class_that_the_model_does_not_know_is_named_by_its_record(
     assert code == 0, err
 
 
+def test_what_a_file_or_a_default_sets_is_taken_back_by_null(sat: Any, flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("ema_decay: 0.9\nsave_interval: 1\nprofile: [1, 1]\nrun_name: mine\n")
+    nulls = ["--ema-decay", "null", "--save-interval=None", "--profile", "null", "--run-name", "null"]
+    assert sat(*flags, "--config", tmp_path / "run.yaml", *nulls, "--clip-grad-norm", "None", "--live", "null")[0] == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    for name in ("ema_decay", "save_interval", "profile", "run_name", "clip_grad_norm", "live"):
+        assert written[name] is None, name
+    code, _, err = sat(*flags, "--lr", "null")
+    assert (code, "null" in err) == (2, True)
+
+
 def test_the_objective_says_what_records_are(sat: Any, flags: list[object], text: Path) -> None:
     code, _, err = sat(*flags, "--objective", "classification")
     assert code == 1
