@@ -158,6 +158,9 @@ class DataConfig(Config):
             value = getattr(self, name)
             if value is not None and not value >= least:  # not `<`: NaN is wrong as well
                 yield f"{name}={value} must be at least {least}."
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                yield f"{name}={getattr(self, name)} must be from 0 to 2**63 - 1."
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             yield f"image_size={self.image_size} must be a height and a width."
         if self.image_std is not None and not all(scale > 0 for scale in self.image_std):

@@ -21,8 +21,8 @@ from swissarmy.training.window import (
     ForwardStep,
     Sums,
     call_step,
+    is_empty,
     is_in_nats_per_token,
-    samples_of,
     to_device,
 )
 
@@ -113,10 +113,10 @@ def _with_stand_ins(batches: Iterator[Any], ranks: Ranks) -> Iterator[tuple[Any,
     """Batches, and whether they count; for an empty one the first that was not, or another rank's."""
     stand_in: Any = None
     for batch in batches:
-        is_empty = samples_of(batch) == 0
-        if stand_in is None and any(ranks.gather(is_empty)):
-            stand_in = next((each for each in ranks.gather(batch) if samples_of(each)), None)
+        own_is_empty = is_empty(batch)
+        if stand_in is None and any(ranks.gather(own_is_empty)):
+            stand_in = next((each for each in ranks.gather(batch) if not is_empty(each)), None)
             if stand_in is None:  # on every rank: records that cannot be read were left out
                 continue
         stand_in = batch if stand_in is None else stand_in
-        yield (stand_in, False) if is_empty else (batch, True)
+        yield (stand_in, False) if own_is_empty else (batch, True)

@@ -43,7 +43,7 @@ def check_folder(config: TrainConfig) -> None:
     folder = Path(config.output)
     if (folder / FINAL).exists() and not steps_in(folder / FOLDER):
         raise ConfigError(
-            f"output={folder} holds a run that is over, and no checkpoint to go on from (it had no save_interval): "
+            f"output={folder} holds a run that is over, and no checkpoint to go on from (save_interval makes them): "
             f"name another folder. To train its model further, start from {folder / FINAL}."
         )
     if config.resume == "never" and any((folder / name).exists() for name in OF_A_RUN):

@@ -75,6 +75,7 @@ def _take(run: Run, window: Window, grad_norm: float, whole: float) -> None:
     if window.sums.count == 0:
         _LOG.warning("step %d: nothing was counted on any rank, so no step is taken", run.step)
         run.optimizer.zero_grad(set_to_none=True)
+        run.skipped_in_a_row += 1
         return
     take_step(run.optimizer, clip_factor(grad_norm, run.config.clip_grad_norm) / whole)
     run.spikes.remember(window.sums.mean_loss, grad_norm)
@@ -147,8 +148,8 @@ def _heed_flags(run: Run, window: Window, checkpoints: Checkpoints) -> None:
 
 
 def _too_many_skipped(run: Run, problem: str | None) -> TrainingError:
-    first = run.step - run.skipped_in_a_row + 1
+    first, why = run.step - run.skipped_in_a_row + 1, problem or "nothing was counted"
     return TrainingError(
-        f"steps {first} to {run.step} were all skipped (max_skipped={run.config.max_skipped}); of the last, {problem}. "
+        f"steps {first} to {run.step} were all skipped (max_skipped={run.config.max_skipped}); of the last, {why}. "
         "The weights are those from before. Look at the samples that the log names, lower lr, or clip more."
     )

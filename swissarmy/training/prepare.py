@@ -2,9 +2,10 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from swissarmy.backbone.model import Model, iterate_models
 from swissarmy.backbone.parameters import freeze_except
+from swissarmy.core.config import report
 from swissarmy.core.errors import ConfigError
 from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.loading.batches import Collate
@@ -21,6 +23,7 @@ from swissarmy.data.prepare import create_dataset as open_by_extension
 from swissarmy.data.samples.examples import Encoder
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.interop.save import check_savable
+from swissarmy.training.callbacks.base import Callback
 from swissarmy.training.config import TrainConfig
 from swissarmy.training.evaluate import has_samples
 from swissarmy.training.parallel.materialize import Weights, materialize
@@ -31,6 +34,32 @@ from swissarmy.training.ranks import Ranks
 from swissarmy.training.steps.labels import known_labels
 from swissarmy.training.steps.tokens import check_step
 from swissarmy.training.window import ForwardStep
+
+
+def check_arguments(model: Any, config: Any, callbacks: Sequence[Any], weights: Weights | None) -> None:
+    """Refuse what is of another kind than `train` takes.
+
+    Raises:
+        ConfigError: With what to give instead.
+    """
+    report("train:", _wrong_arguments(model, config, callbacks, weights))
+
+
+def _wrong_arguments(model: Any, config: Any, callbacks: Sequence[Any], weights: Weights | None) -> Iterator[str]:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        yield "the model was compiled as a whole: give the model itself, and compile=True in the config"
+    elif not isinstance(model, Model):
+        yield f"the model is a {type(model).__name__}: it must be one of this library (sat.BaseModel, sat.load, ...)"
+    elif weights is None:
+        empty = [name for name, each in model.named_parameters() if each.is_meta and each.requires_grad]
+        if empty:
+            yield f"{len(empty)} parameters are on the meta device, such as {empty[0]}: give `weights` to fill them"
+    if not isinstance(config, TrainConfig):
+        yield f"the config is a {type(config).__name__}: it must be a sat.TrainConfig"
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            kind = f"the class {callback.__name__}" if isinstance(callback, type) else f"a {type(callback).__name__}"
+            yield f"a callback is {kind}: it must be an instance of a class that inherits from sat.Callback"
 
 
 def make_loaders(

@@ -33,8 +33,8 @@ class SkipOptions(Config):
             yield f"max_skipped={self.max_skipped} must be at least 1."
         if not self.outlier_sigma > 0:
             yield f"outlier_sigma={self.outlier_sigma} must be positive."
-        if self.outlier_window < 2:
-            yield f"outlier_window={self.outlier_window} must be at least 2."
+        if self.outlier_window < 8:
+            yield f"outlier_window={self.outlier_window} must be at least 8: fewer steps say nothing of what is usual."
 
 
 @final

@@ -31,6 +31,7 @@ from swissarmy.training.parallel.materialize import Weights
 from swissarmy.training.parallel.shared_samples import plain_tensors_are_whole
 from swissarmy.training.precision import LossScaler
 from swissarmy.training.prepare import (
+    check_arguments,
     check_model,
     check_ranks_agree,
     in_training_mode,
@@ -113,6 +114,7 @@ def train(
         CheckpointError: A checkpoint cannot be written, or read to resume from.
         TrainingError: Too many steps in a row had to be skipped.
     """
+    check_arguments(model, config, callbacks, weights)
     with ExitStack() as contexts:
         ranks = contexts.enter_context(joined_ranks(config))
         contexts.enter_context(own_random_state(config.seed + ranks.data_rank, ranks.device))
@@ -182,7 +184,7 @@ def _carry_out(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> None
     else:
         _tell_of_the_end(run, None)
     finally:
-        if run.step == 0 and run.ranks.is_first:
+        if run.step == 0 and run.ranks.is_first and not (run.folder / FINAL).exists():
             forget_run(run.folder)
 
 

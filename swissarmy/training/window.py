@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from swissarmy.core.errors import ConfigError
 from swissarmy.training.gradients import squared_norm
@@ -120,7 +120,8 @@ class Accumulator:
         """All ranks' sums, and begin anew; the host waits here, and nowhere else in a step.
 
         Raises:
-            ConfigError: On every rank: one of them has other metrics than another, or than it had before.
+            ConfigError: On every rank: one of them has other metrics than another, or than it had before; or what was
+                counted is no number of tokens or samples.
         """
         names = self._agree()
         own = self._own()
@@ -134,6 +135,11 @@ class Accumulator:
         if have_others:
             self.ranks.together(self._check_names)
         self._begin()
+        if not 0 <= count < math.inf:
+            raise ConfigError(
+                f"forward_step's counts add up to {count:g}; they are to say of how many tokens or samples loss_sum is "
+                "the sum."
+            )
         return Sums(
             loss=loss,
             count=count,
@@ -298,6 +304,13 @@ def samples_of(batch: Any) -> int:
     """How many samples a batch has: the rows of its first tensor."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
     return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch is of no samples: there is nothing in it, or none of its tensors has a row."""
+    leaves = tree_leaves(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    return not leaves or (bool(tensors) and not any(tensor.shape[0] for tensor in tensors))
 
 
 def sample_ids_of(batch: Any) -> list[int]:

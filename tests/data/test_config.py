@@ -32,6 +32,7 @@ from swissarmy.data.config import DataConfig
         ({"train_data": ("a",), "num_workers": -1}, "num_workers=-1 must be at least 0"),
         ({"train_data": ("a",), "worker_timeout": float("nan")}, "worker_timeout=nan"),
         ({"train_data": ("a",), "image_size": (3,)}, "height and a width"),
+        ({"train_data": ("a",), "seed": 2**64}, r"seed=\d+ must be from 0 to 2\*\*63 - 1"),
         ({"train_data": ("a",), "image_std": (0.5, 0.0)}, "must be above 0"),
         ({"train_data": ("a",), "image_mean": (0.5,), "image_std": (0.5, 0.5)}, "1 channels and image_std 2"),
     ],

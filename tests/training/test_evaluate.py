@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from swissarmy.data.loading.loader import Loader
 from swissarmy.training.evaluate import evaluate, perplexity
 from swissarmy.training.steps import STEPS
 from swissarmy.training.steps.distillation import distillation_step
+from swissarmy.training.window import is_empty
 from tests.training.tiny_runs import Diary, model_of, open_rows, run, step
 
 
@@ -46,6 +47,37 @@ def test_it_is_the_sum_over_single_samples() -> None:
     sums = evaluate(model, loader_of(), step)
     assert sums.loss == pytest.approx(sum(float(loss) for loss, *_ in singles), rel=1e-13)
     assert sums.count == sum(int(count) for _, count, _ in singles)
+
+
+@dataclass
+class Batch:
+    """What a user may collate to."""
+
+    rows: list[list[int]]
+
+
+def test_batches_of_any_kind_are_evaluated() -> None:
+    def collate(samples: Any) -> Batch:
+        return Batch([sample["input_ids"].tolist() for sample in samples])
+
+    config = DataConfig(valid_data=("rows:11",), record_format="tokens")
+    loaders = build_loaders(config, global_batch_size=4, create_dataset=open_rows, collate=collate)
+    sums = evaluate(model_of(), loaders.valid, lambda batch, model: (torch.tensor(3.0), len(batch.rows)))
+    assert (sums.count, sums.loss) == (11, 9)
+
+
+@pytest.mark.parametrize(
+    ("batch", "empty"),
+    [
+        ([], True),
+        ({"input_ids": torch.zeros(0, 4), "sample_ids": torch.zeros(0)}, True),
+        ({"edges": torch.zeros(0, 2), "nodes": torch.zeros(3, 2)}, False),
+        (Batch([]), False),
+        ({"scale": torch.tensor(1.0)}, False),
+    ],
+)
+def test_what_is_empty_has_no_rows(batch: Any, empty: bool) -> None:
+    assert is_empty(batch) is empty
 
 
 def test_so_many_batches_and_no_more() -> None:

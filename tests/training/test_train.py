@@ -245,9 +245,44 @@ def test_a_window_in_which_nothing_counts_is_no_step(tmp_path: Path, caplog: pyt
     assert largest_difference(before, after) == 0
     assert [(report.loss, report.count, report.skipped) for report in diary.reports] == [(0.0, 0.0, None)] * 2
     assert "step 1: nothing was counted on any rank" in caplog.text
+    with pytest.raises(TrainingError, match=r"steps 1 to 2 were all skipped.*; of the last, nothing was counted"):
+        run(tmp_path / "never", forward_step=ignored, max_skipped=2)
+
+
+@pytest.mark.parametrize("count", [-3, float("inf"), torch.tensor(float("nan"))])
+def test_counts_that_count_nothing_end_the_run(count: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"forward_step's counts add up to {float(count):g}; they are to say of how"):
+        run(tmp_path / "run", forward_step=lambda batch, model: (step(batch, model)[0], count))
 
 
 # What is refused before the first step
+
+
+class Duck:
+    """Has what a callback has."""
+
+    def on_start(self, run: Run) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, "the model is a Linear: it must be one of this library"),
+        (
+            {"model": torch.compile(model_of(), backend="eager")},
+            "the model was compiled as a whole: give the model itself, and compile",
+        ),
+        ({"model": model_of().to("meta")}, "parameters are on the meta device, such as .*: give `weights` to fill"),
+        ({"config": {"output": "run"}}, r"the config is a dict: it must be a sat\.TrainConfig"),
+        ({"callbacks": [Diary]}, "a callback is the class Diary: it must be an instance"),
+        ({"callbacks": [Duck()]}, r"a callback is a Duck: it must be .* inherits from sat\.Callback"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"model": model_of(), "config": config_for(tmp_path / "run"), **changes}
+    with pytest.raises(ConfigError, match=message):
+        train(given.pop("model"), step, open_rows, given.pop("config"), **given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
