@@ -35,7 +35,7 @@ class ModelChoice(Options):
     override: tuple[str, ...] = ()
     """Fields of the model's configuration to change, as FIELD=VALUE: `num_labels=3`."""
     allow_missing: tuple[str, ...] = ()
-    """Patterns of parameters that the checkpoint lacks and that start anew: `mixins.head.*`."""
+    """Patterns of parameters that the checkpoint lacks and that start anew: `classifier.*`, `mixins.head.*`."""
     dtype: Dtype | None = None
     """The precision of the weights; as stored when left out (float32 for GGUF, and for new ones)."""
     quantize: Quantize | None = None

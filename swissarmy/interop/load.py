@@ -52,7 +52,8 @@ def load(
         quantize: `"fp16"`, `"int8"` or `"int4"`: hold the projections, the word embedding and the head in so many bits,
             for inference or for training mixins on top. The model cannot be saved then.
         mixins: Mixins to add, by name; their weights are read too where the folder has them.
-        allow_missing: Patterns of parameters that the checkpoint may lack (`"mixins.head.*"`); they start anew.
+        allow_missing: Patterns of parameters that the checkpoint may lack, by its names or the model's
+            (`"classifier.*"`, `"mixins.head.*"`); they start anew.
         overrides: Fields of the configuration to change before building (`{"num_labels": 3}`).
 
     Raises:
@@ -143,8 +144,14 @@ def make_plan(
     names |= {own: names[copy] for copy, own in weight_map.copies.items() if copy in names and own not in names}
     names |= {own: names[other] for own, other in weight_map.fallbacks.items() if other in names and own not in names}
     lacking = [entry for theirs, entry in entries.items() if theirs not in names]
-    missing = tuple(name for entry in lacking for name in entry.ours if allowed(name, allow_missing))
-    problems += report("missing", [e.theirs for e in lacking if not set(e.ours) <= {*missing}], names)
+    missing = tuple(
+        name
+        for entry in lacking
+        for name in entry.ours
+        if allowed(name, allow_missing) or allowed(entry.theirs, allow_missing)
+    )
+    absent = [entry.theirs for entry in lacking if not set(entry.ours) <= {*missing}]
+    problems += report("missing", absent, names)
     extra = [
         name
         for name in names
@@ -155,7 +162,9 @@ def make_plan(
         if theirs in names:
             problems += _shape_problems(entry, names[theirs], source, parameters, stored)
     if problems:
-        raise CheckpointError("\n  - ".join([f"{_place(source)} does not fit {type(model).__name__}:", *problems]))
+        lines = "\n  - ".join([f"{_place(source)} does not fit {type(model).__name__}:", *problems])
+        cure = f"\nTo let what is missing start anew, name it: allow_missing=[{absent[0]!r}]" if absent else ""
+        raise CheckpointError(f"{lines}{cure}")
     return Plan(tuple(e for e in entries.values() if e.theirs in names), names, missing, stored)
 
 

@@ -297,7 +297,10 @@ def test_overrides_change_the_configuration_before_building(tmp_path: Path) -> N
 def test_what_may_be_missing_starts_anew_and_the_rest_is_loaded(tmp_path: Path) -> None:
     folder = saved(tmp_path, dtype="x")
     rewrite_json(folder / "config.json", architectures=["GPT2ForSequenceClassification"], num_labels=3)
-    assert "missing: score.weight" in refused(folder)
+    message = refused(folder)
+    assert "missing: score.weight" in message
+    assert message.endswith("\nTo let what is missing start anew, name it: allow_missing=['score.weight']")
+    assert sat.load(folder, allow_missing=["score.*"]).get_parameter("mixins.head.classifier.weight").shape == (3, 32)
     model = sat.load(folder, allow_missing=["mixins.head.*"])
     head = model.get_parameter("mixins.head.classifier.weight")
     assert head.shape == (3, 32)
