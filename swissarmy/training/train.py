@@ -174,6 +174,8 @@ def _carry_out(run: Run, signals: StopSignals, checkpoints: Checkpoints) -> None
             callback.on_start(run)
         run.ranks.on_first(partial(write_config, run.config, run.folder))
         train_steps(run, signals, checkpoints)
+        for callback in run.callbacks:
+            callback.on_finish(run)
         if run.signal is None:
             take_averaged_weights(run)
             save_final(run.model, run.folder / FINAL, run.tokenizer, run.ranks)

@@ -1,5 +1,6 @@
 """Callbacks: when they are called, and what they may decide."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,30 @@ import torch
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run, StepReport
 from swissarmy.training.callbacks.early_stop import EarlyStop
 from tests.training.tiny_runs import Diary, run, step, with_nan_in
+
+
+class StopsWhenSaved(Callback):
+    """Ends the run when all else of a step has been done."""
+
+    def on_save(self, run: Run, folder: Path) -> None:
+        run.stop("it is saved")
+
+
+def test_a_run_that_is_stopped_last_of_all_ends_as_any_other(tmp_path: Path) -> None:
+    diary = Diary()
+    result = run(
+        tmp_path / "run",
+        callbacks=[diary, StopsWhenSaved()],
+        train_iters=9,
+        save_interval=3,
+        log_interval=5,
+        valid_data=("rows:5",),
+        test_data=("rows:3",),
+    )
+    assert diary.entries == "start/step 1/step 2/step 3/save 3/valid 3/test 3/end".split("/")
+    assert [each.step for each in result.evaluations.values()] == [3, 3]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in records if each["kind"] == "step"] == [1, 3]
 
 
 def test_the_order_of_a_run(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What every callback knows: the run, and the moments at which it is called.
 
 The order of a run: `on_start`; for each step `on_step`, or `on_skip` and then `on_step` where the window was discarded;
-after a step, where it is due, `on_evaluate` and `on_save`; at last `on_end`, also when the run failed. Callbacks are
-called on every rank, in the order of the list, at the same step: what they decide must not differ between ranks.
+after a step, where it is due, `on_evaluate` and `on_save`; `on_finish` when no step follows; at last `on_end`, also
+when the run failed. Callbacks are called on every rank, in the order of the list, at the same step: what they decide
+must not differ between ranks.
 """
 
 import math
@@ -213,6 +214,9 @@ class Callback:
 
     def on_save(self, run: Run, folder: Path) -> None:
         """After a checkpoint was handed to be written to `folder`; with asynchronous saving it may not be there yet."""
+
+    def on_finish(self, run: Run) -> None:
+        """No step follows, be it the last or the one that something stopped the run after: what is due at the end."""
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """After the last step, or when the run failed with `error`: the place to close files.

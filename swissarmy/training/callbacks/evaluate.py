@@ -36,18 +36,23 @@ class Evaluate(Callback):
         if run.step:
             self._evaluate_if_due(run)
         elif run.config.eval_on_start:
-            self._evaluate(run, "valid", run.loaders.valid, run.config.eval_iters)
+            self._evaluate_valid(run)
 
     def on_step(self, run: Run, report: StepReport) -> None:
         """Evaluate where it is due."""
         self._evaluate_if_due(run)
 
+    def on_finish(self, run: Run) -> None:
+        """Evaluate what the run ends with."""
+        self._evaluate_valid(run)
+        self._evaluate(run, "test", run.loaders.test, None)
+
     def _evaluate_if_due(self, run: Run) -> None:
-        interval = run.config.eval_interval
-        if run.is_last_step or (interval is not None and run.step % interval == 0):
-            self._evaluate(run, "valid", run.loaders.valid, run.config.eval_iters)
-        if run.is_last_step:
-            self._evaluate(run, "test", run.loaders.test, None)
+        if run.config.eval_interval is not None and run.step % run.config.eval_interval == 0:
+            self._evaluate_valid(run)
+
+    def _evaluate_valid(self, run: Run) -> None:
+        self._evaluate(run, "valid", run.loaders.valid, run.config.eval_iters)
 
     def _evaluate(self, run: Run, name: str, loader: Loader | None, max_batches: int | None) -> None:
         last = run.evaluations.get(name)

@@ -84,6 +84,7 @@ class LogCallback(Callback):
         self._added = tuple(sinks)
         self._sinks: list[Sink] = []
         self._meter = Meter(options.log_interval)
+        self._unwritten: StepReport | None = None
         self._sources: list[str] = []
         self._handler: _ToSinks | None = None
         self._start = time.monotonic()
@@ -121,11 +122,14 @@ class LogCallback(Callback):
         if not run.ranks.is_first:
             return
         self._meter.add(report)
-        due = report.step == 1 or report.step % self.options.log_interval == 0 or run.is_last_step
-        wanting = [sink for sink in self._sinks if due or sink.every_step]
-        record = self._record(run, report) if wanting else {}
-        for sink in wanting:
-            sink.write(record)
+        is_due = report.step == 1 or report.step % self.options.log_interval == 0 or run.is_last_step
+        self._unwritten = None if is_due else report
+        self._write_step(run, report, [sink for sink in self._sinks if is_due or sink.every_step])
+
+    def on_finish(self, run: Run) -> None:
+        """Write a record of the last step, where nobody knew that it was the last."""
+        if self._unwritten is not None:
+            self._write_step(run, self._unwritten, [sink for sink in self._sinks if not sink.every_step])
 
     def on_skip(self, run: Run, skip: Skip) -> None:
         """Write a record with the samples of the window."""
@@ -156,6 +160,11 @@ class LogCallback(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
         self.tokens, self.samples = int(state["tokens"]), int(state["samples"])
+
+    def _write_step(self, run: Run, report: StepReport, sinks: Sequence[Sink]) -> None:
+        record = self._record(run, report) if sinks else {}
+        for sink in sinks:
+            sink.write(record)
 
     def _record(self, run: Run, report: StepReport) -> Record:
         return {

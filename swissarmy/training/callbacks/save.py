@@ -19,10 +19,15 @@ class Save(Callback):
         self.checkpoints = checkpoints
 
     def on_step(self, run: Run, report: StepReport) -> None:
-        """Save where it is due."""
+        """Save where it is due; after the last step, what else is due comes first."""
         interval = run.config.save_interval
-        is_due = interval is not None and (report.step % interval == 0 or run.is_last_step)
-        if is_due or run.signal is not None:
+        if interval is not None and report.step % interval == 0 and not run.is_last_step:
+            run.was_saved(self.checkpoints.save(state_of(run)))
+
+    def on_finish(self, run: Run) -> None:
+        """Save what the run ends with, unless it is there."""
+        is_due = run.config.save_interval is not None or run.signal is not None
+        if is_due and run.step and run.step != self.checkpoints.newest:
             run.was_saved(self.checkpoints.save(state_of(run)))
 
     def on_end(self, run: Run, error: BaseException | None) -> None:

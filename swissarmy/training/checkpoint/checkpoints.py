@@ -64,7 +64,8 @@ class Checkpoints:
         self._error: Exception | None = None
         self._frozen: dict[str, list[Any]] | None = None
         self._resumed_from: int | None = None
-        self._newest: int | None = None
+        self.newest: int | None = None
+        """The step that was saved, or resumed from, last."""
 
     @property
     def failed(self) -> bool:
@@ -91,7 +92,7 @@ class Checkpoints:
         """
         self.wait()
         target = self._path(state.step)
-        if state.step == self._newest:
+        if state.step == self.newest:
             return target
         if self._frozen is None:
             self._frozen = frozen_identity(state.model, self._ranks)
@@ -103,7 +104,7 @@ class Checkpoints:
             self._thread.start()
         else:
             self._write(state.step, shards, text)
-        self._newest = state.step
+        self.newest = state.step
         return target
 
     def wait(self) -> None:
@@ -117,7 +118,7 @@ class Checkpoints:
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            self._newest = None
+            self.newest = None
             raise error
 
     def resume(self, state: TrainState) -> int | None:
@@ -163,7 +164,7 @@ class Checkpoints:
         restore(stored, state, self._frozen, self._ranks, allow_data_change=self._options.allow_data_change)
         if damaged:
             self._ranks.on_first(partial(self._put_aside, damaged, step))
-        self._resumed_from = self._newest = step
+        self._resumed_from = self.newest = step
         return step
 
     def _open_first_whole(self, steps: Sequence[int]) -> tuple[StoredStep, dict[int, Exception]]:
