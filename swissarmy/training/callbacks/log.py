@@ -6,7 +6,8 @@ only speeds are over the steps since the record before.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -29,6 +30,7 @@ from swissarmy.training.callbacks.trackers import trackers
 from swissarmy.training.flops import TrainingCost
 from swissarmy.training.throughput import Meter, peak_flops, peak_memory
 
+_LOG = logging.getLogger(__name__)
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,6 +85,7 @@ class LogCallback(Callback):
         self.samples = 0
         self._added = tuple(sinks)
         self._sinks: list[Sink] = []
+        self._failed: list[Sink] = []
         self._meter = Meter(options.log_interval)
         self._unwritten: StepReport | None = None
         self._sources: list[str] = []
@@ -151,7 +154,7 @@ class LogCallback(Callback):
             logging.getLogger("swissarmy").removeHandler(self._handler)
             self._handler = None
         while self._sinks:
-            self._sinks.pop().close()
+            self._tell([self._sinks.pop()], lambda sink: sink.close())
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted."""
@@ -162,9 +165,8 @@ class LogCallback(Callback):
         self.tokens, self.samples = int(state["tokens"]), int(state["samples"])
 
     def _write_step(self, run: Run, report: StepReport, sinks: Sequence[Sink]) -> None:
-        record = self._record(run, report) if sinks else {}
-        for sink in sinks:
-            sink.write(record)
+        if sinks:
+            self._write(self._record(run, report), sinks)
 
     def _record(self, run: Run, report: StepReport) -> Record:
         return {
@@ -193,13 +195,21 @@ class LogCallback(Callback):
         uses = batches.order.uses(run.step * batches.layout.global_batch_size)
         return {name: use.share for name, use in zip(self._sources, uses, strict=False)}
 
-    def _write(self, record: Record) -> None:
-        for sink in self._sinks:
-            sink.write(record)
+    def _write(self, record: Record, sinks: Sequence[Sink] | None = None) -> None:
+        self._tell(self._sinks if sinks is None else sinks, lambda sink: sink.write(record))
 
     def _note(self, text: str) -> None:
-        for sink in self._sinks:
-            sink.note(text)
+        self._tell(self._sinks, lambda sink: sink.note(text))
+
+    def _tell(self, sinks: Sequence[Sink], action: Callable[[Sink], None]) -> None:
+        """Each sink; one that takes nothing more, as where the disk is full, is no reason to stop training."""
+        for sink in sinks:
+            try:
+                action(sink)
+            except OSError as error:
+                if sink not in self._failed:
+                    self._failed.append(sink)
+                    _LOG.warning("a record was not written, and the run goes on: %s", error)
 
 
 @final
@@ -212,7 +222,8 @@ class _ToSinks(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         for sink in self._all:
-            sink.note(f"{record.levelname.lower()}: {record.getMessage()}")
+            with suppress(OSError):
+                sink.note(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _meter(window: int, run: Run) -> Meter:

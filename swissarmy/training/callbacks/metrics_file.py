@@ -42,13 +42,23 @@ class MetricsFile:
     def __init__(self, path: Path, *, step: int, evaluated: Collection[str] = ()) -> None:
         if path.exists():
             _cut(path, step, evaluated)
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, record: Record) -> None:
-        """Add a line; numbers that are not finite become `null`, which JSON has."""
+        """Add a line, whole or not at all; numbers that are not finite become `null`, which JSON has.
+
+        Raises:
+            OSError: It cannot be written, with the file's name.
+        """
         line = memoryview(json.dumps(finite(record), ensure_ascii=False).encode() + b"\n")
-        while line:  # more than once only where a signal or a full disk came between
-            line = line[os.write(self._descriptor, line) :]
+        end = os.fstat(self._descriptor).st_size
+        try:
+            while line:  # more than once only where a signal or a full disk came between
+                line = line[os.write(self._descriptor, line) :]
+        except OSError as error:
+            os.ftruncate(self._descriptor, end)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def note(self, text: str) -> None:
         """Let it pass."""

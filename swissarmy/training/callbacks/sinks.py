@@ -14,7 +14,11 @@ class Sink(Protocol):
     """Whether it gets the record of each step, and not only of those that are due."""
 
     def write(self, record: Record) -> None:
-        """Take a record."""
+        """Take a record.
+
+        Raises:
+            OSError: It is lost; the run goes on.
+        """
 
     def note(self, text: str) -> None:
         """Take a line for people; what is for programs lets it pass."""

@@ -4,6 +4,7 @@ resume."""
 import json
 import logging
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -190,6 +191,48 @@ def test_a_damaged_line_is_an_error_with_its_place(tmp_path: Path, line: str) ->
     path.write_text(f'{{"kind": "step", "step": 1}}\n{line}\n{{"kind": "step", "step": 4}}\n')
     with pytest.raises(MetricsError, match=r"metrics.jsonl:2: "):
         list(read_metrics(path))
+
+
+def test_a_line_that_a_full_disk_cuts_off_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, step=0)
+    file.write({"kind": "step", "step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"):
+            file.write({"kind": "step", "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file.write({"kind": "step", "step": 3})
+    file.close()
+    assert places(list(read_metrics(path))) == [("step", 1), ("step", 3)]
+
+
+class FullSink:
+    """Where nothing more goes."""
+
+    every_step = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        raise OSError(28, "No space left on device", "there.jsonl")
+
+    def note(self, text: str) -> None:
+        raise OSError(28, "No space left on device", "there.jsonl")
+
+    def close(self) -> None:
+        raise OSError(28, "No space left on device", "there.jsonl")
+
+
+def test_a_sink_that_takes_nothing_more_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, log = make_run(tmp_path), LogCallback(QUIET, [FullSink()])
+    start(run, [log])
+    play(run, [log], 30)
+    end(run, [log])
+    assert len([record for record in metrics_of(tmp_path) if record["kind"] == "step"]) == 4
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("swissarmy")] == [
+        "a record was not written, and the run goes on: [Errno 28] No space left on device: 'there.jsonl'"
+    ]
 
 
 # Lines
