@@ -221,6 +221,18 @@ def test_reduced_weights_of_another_model_are_refused(kind: Kind, tmp_path: Path
     assert resumed(1.0, 2).step == 2
 
 
+def test_a_run_that_failed_without_a_checkpoint_begins_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(run: Run) -> None:
+        raise RuntimeError("a cable")
+
+    with pytest.raises(RuntimeError, match="a cable"):
+        run(tmp_path / "run", callbacks=[At(2, fail)])
+    assert run(tmp_path / "run", resume="auto").step == 3
+    assert "holds a run without a checkpoint to resume from: it begins anew" in caplog.text
+
+
 def test_there_must_be_something_to_resume_where_there_must(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no step to resume from"):
         run(tmp_path / "run", resume="must")

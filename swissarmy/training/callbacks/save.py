@@ -1,10 +1,14 @@
 """Checkpoints during a run, and going on from one."""
 
+import logging
 from typing import final
 
 from swissarmy.training.callbacks.base import Callback, Run, StepReport
+from swissarmy.training.callbacks.metrics_file import METRICS
 from swissarmy.training.checkpoint.checkpoints import Checkpoints
 from swissarmy.training.checkpoint.state import TrainState
+
+_LOG = logging.getLogger(__name__)
 
 
 @final
@@ -59,3 +63,5 @@ def resume(run: Run, checkpoints: Checkpoints) -> None:
     if checkpoints.resume(state) is not None:
         run.step = state.step
         run.load_state_dict(state.extra)
+    elif (run.folder / METRICS).exists():
+        _LOG.warning("%s holds a run without a checkpoint to resume from: it begins anew", run.folder)
