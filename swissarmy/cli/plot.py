@@ -27,6 +27,9 @@ _SHOWN: Final[Mapping[str, str]] = {
     "tokens_per_second": "tokens per second",
 }
 """What the smaller axes show, below the loss."""
+_NUMBERS: Final = ("loss", *_SHOWN, "tokens", "mfu")
+_HUGE: Final = 1e100
+"""Beyond it nothing can be drawn."""
 
 
 @final
@@ -49,6 +52,8 @@ class PlotOptions(Options):
             yield "there is no RUN to draw"
         if self.output.suffix.lower() not in _ENDINGS:
             yield f"--output {self.output}: the name must end with {', '.join(_ENDINGS)}"
+        if not self.output.parent.is_dir():
+            yield f"--output {self.output}: there is no folder {self.output.parent}"
         if not 0 <= self.smooth < 1:
             yield f"--smooth {self.smooth} must be at least 0 and less than 1"
 
@@ -66,8 +71,14 @@ class Curves:
     def of(self, key: str, kind: str = "steps") -> tuple[list[int], list[float]]:
         """The steps that have a number of this name, and the numbers."""
         records = self.steps if kind == "steps" else [each for each in self.evaluations if each["name"] == kind]
-        found = {record["step"]: record[key] for record in records if record.get(key) is not None}
+        found = {each["step"]: each[key] for each in records if each.get(key) is not None and abs(each[key]) < _HUGE}
         return list(found), list(found.values())
+
+    @property
+    def label(self) -> str:
+        """The name in a legend, where matplotlib reads dollars as formulas, and leaves out what begins with `_`."""
+        name = self.name.replace("$", r"\$")
+        return f" {name}" if name.startswith("_") else name
 
 
 def run(options: PlotOptions) -> int:
@@ -91,6 +102,8 @@ def _read(path: Path, name: str) -> Curves:
 
     path, curves = path if path.is_file() else path / METRICS, Curves(name)
     for record in read_metrics(path):
+        if wrong := next(_wrong_values(record), None):
+            raise MetricsError(f"{path}: a record of kind {record['kind']!r} at step {record['step']!r}: {wrong}.")
         match record["kind"]:
             case "step":
                 curves.steps.append(record)
@@ -101,6 +114,17 @@ def _read(path: Path, name: str) -> Curves:
     if not curves.steps:
         raise MetricsError(f"{path} has no step yet.")
     return curves
+
+
+def _wrong_values(record: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be drawn of a record."""
+    if not isinstance(record["step"], int):
+        yield "the step is no number"
+    if record["kind"] == "evaluation" and not isinstance(record.get("name"), str):
+        yield "it has no name"
+    for key in _NUMBERS:
+        if not isinstance(record.get(key), int | float | None):
+            yield f"{key} is {record[key]!r}, and no number"
 
 
 def _draw(runs: Sequence[Curves], options: PlotOptions) -> "Figure":
@@ -130,12 +154,12 @@ def _draw_loss(axes: "Axes", curves: Curves, color: str, smooth: float) -> None:
     """Train loss pale and smoothed, valid and test loss as points, skipped steps as ticks below."""
     steps, losses = curves.of("loss")
     axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smoothed(losses, smooth), color=color, linewidth=1.6, label=f"{curves.name}: train")
+    axes.plot(steps, smoothed(losses, smooth), color=color, linewidth=1.6, label=f"{curves.label}: train")
     for name, marker in (("valid", "o"), ("test", "D")):
         steps, losses = curves.of("loss", name)
         if steps:
             style = f"{marker}--"
-            axes.plot(steps, losses, style, color=color, markersize=4, linewidth=1, label=f"{curves.name}: {name}")
+            axes.plot(steps, losses, style, color=color, markersize=4, linewidth=1, label=f"{curves.label}: {name}")
     if curves.skips:
         bottom = axes.get_xaxis_transform()
         axes.plot(
@@ -144,7 +168,7 @@ def _draw_loss(axes: "Axes", curves: Curves, color: str, smooth: float) -> None:
             "|",
             color="red",
             transform=bottom,
-            label=f"{curves.name}: skipped",
+            label=f"{curves.label}: skipped",
         )
 
 
@@ -193,8 +217,9 @@ def _page(svg: str, runs: Sequence[Curves]) -> str:
 def _cells(curves: Curves) -> Iterator[str]:
     last, valid = curves.steps[-1], curves.of("loss", "valid")[1]
     speed, mfu = curves.of("tokens_per_second")[1], curves.of("mfu")[1]
-    yield from (curves.name, f"{last['step']:,}", _number(curves.of("loss")[1][-1:]))
-    yield from (_number(valid[-1:]), _number(sorted(valid)[:1]), f"{len(curves.skips):,}", f"{last['tokens']:,}")
+    yield from (curves.name, f"{last['step']:,}", "NaN" if last.get("loss") is None else f"{last['loss']:.4f}")
+    yield from (_number(valid[-1:]), _number(sorted(valid)[:1]), f"{len(curves.skips):,}")
+    yield f"{last.get('tokens') or 0:,}"
     yield from (f"{sum(speed) / max(len(speed), 1):,.0f}", f"{mfu[-1]:.1%}" if mfu else "")
 
 

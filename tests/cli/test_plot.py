@@ -1,6 +1,7 @@
 """`sat plot`."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,41 @@ def test_runs_whose_folders_share_a_name_are_told_apart(sat: Any, runs: tuple[Pa
     assert all(f"<td>{other}</td>" in page for other in others)
 
 
+def test_names_of_any_kind_are_in_the_legend(sat: Any, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    named = [run.rename(tmp_path / name) for run, name in zip(runs, ("_hidden", "$a$ and $b"), strict=True)]
+    assert sat("plot", *named, "-o", tmp_path / "x.svg")[0] == 0
+    comments = (tmp_path / "x.svg").read_text()  # matplotlib writes each text beside its outlines
+    assert "<!--  _hidden: train -->" in comments
+    assert "<!-- $a$ and $b: train -->" in comments
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"loss": [1.0]}, r"at step 41: loss is \[1.0\], and no number"),
+        ({"tokens_per_second": "fast"}, "tokens_per_second is 'fast', and no number"),
+        ({"step": None}, "at step None: the step is no number"),
+        ({"kind": "evaluation"}, "of kind 'evaluation' at step 41: it has no name"),
+    ],
+)
+def test_records_that_cannot_be_drawn_are_named(
+    sat: Any, runs: tuple[Path, Path], tmp_path: Path, values: dict[str, Any], problem: str
+) -> None:
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "step", "step": 41, "loss": 1.0, **values}) + "\n")
+    code, _, err = sat("plot", runs[0], "-o", tmp_path / "x.html")
+    assert code == 1
+    assert re.search(problem, err)
+
+
+def test_numbers_beyond_any_picture_are_left_out(sat: Any, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        for step, loss in ((41, 1e308), (42, 10**400), (43, None)):
+            file.write(json.dumps({"kind": "step", "step": step, "loss": loss}) + "\n")
+    assert sat("plot", runs[0], "-o", tmp_path / "x.html")[0] == 0
+    assert "<td>43</td><td>NaN</td>" in (tmp_path / "x.html").read_text()
+
+
 def test_a_run_that_goes_on_can_be_drawn(sat: Any, runs: tuple[Path, Path], tmp_path: Path) -> None:
     with (runs[0] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
@@ -80,7 +116,7 @@ def test_a_run_that_goes_on_can_be_drawn(sat: Any, runs: tuple[Path, Path], tmp_
         (["empty", "-o", "x.gif"], 2, "the name must end with .png, .svg, .html"),
         (["empty", "-o", "x.png", "--smooth", "1"], 2, "--smooth 1.0"),
         (["-o", "x.png"], 2, "there is no RUN to draw"),
-        (["empty", "-o", "missing/x.png"], 1, "missing"),
+        (["empty", "-o", "missing/x.png"], 2, "there is no folder missing"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(
@@ -88,8 +124,7 @@ def test_what_cannot_be_drawn_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    record = {"kind": "step", "step": 1, "loss": 1.0, "tokens": 1} if "missing/x.png" in arguments else {}
-    (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps(record) + "\n" if record else "")
+    (tmp_path / "empty" / "metrics.jsonl").touch()
     found, _, err = sat("plot", *arguments)
     assert problem in err
     assert found == code
