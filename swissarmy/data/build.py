@@ -19,7 +19,7 @@ from swissarmy.data.order.sample_order import OneByOne, SampleOrder
 from swissarmy.data.order.splits import SPLITS, SplitName
 from swissarmy.data.order.weights import Weight, drawn_in_proportion_to, parse_stages, parse_weights
 from swissarmy.data.prepare import CreateDataset, Prepared, Preparer, create_dataset
-from swissarmy.data.samples.examples import Encoder
+from swissarmy.data.samples.function_encoder import Encode, as_encoder
 from swissarmy.data.source import Source
 from swissarmy.data.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def build_loaders(
     vocab_size: int | None = None,
     num_labels: int | None = None,
     create_dataset: CreateDataset = create_dataset,
-    encode: Encoder | None = None,
+    encode: Encode | None = None,
     collate: Collate | None = None,
 ) -> Loaders:
     """The loaders that a config describes; what they will give is logged.
@@ -74,7 +74,8 @@ def build_loaders(
         vocab_size: How many ids the model knows; those of the tokenizer when `None`.
         num_labels: How many classes the model knows; not looked at when `None`.
         create_dataset: Opens a path of the config.
-        encode: Makes a sample of a record, instead of the encoder that the config describes.
+        encode: Makes a sample of a record, instead of the encoder that the config describes; a function of the record
+            will do.
         collate: Makes a batch of samples, instead of the collator that the config describes; it may get an empty list.
 
     Raises:
@@ -87,7 +88,7 @@ def build_loaders(
         vocab_size=vocab_size,
         num_labels=num_labels,
         create_dataset=create_dataset,
-        encode=encode,
+        encode=as_encoder(encode),
     )
     opened = {number: preparer.open(config.train_data[number]) for number in _drawn(config)}
     loader = partial(_loader, preparer, collate=collate, rank=rank, world_size=world_size)

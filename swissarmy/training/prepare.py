@@ -20,7 +20,7 @@ from swissarmy.data.build import Loaders, build_loaders
 from swissarmy.data.loading.batches import Collate
 from swissarmy.data.prepare import CreateDataset
 from swissarmy.data.prepare import create_dataset as open_by_extension
-from swissarmy.data.samples.examples import Encoder
+from swissarmy.data.samples.function_encoder import Encode
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.interop.save import check_savable
 from swissarmy.training.callbacks.base import Callback
@@ -69,7 +69,7 @@ def make_loaders(
     ranks: Ranks,
     tokenizer: Tokenizer | None,
     create_dataset: CreateDataset | None,
-    encode: Encoder | None,
+    encode: Encode | None,
     collate: Collate | None,
 ) -> Loaders:
     """The loaders of this rank.

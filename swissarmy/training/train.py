@@ -10,7 +10,7 @@ from typing import final
 from swissarmy.backbone.model import Model
 from swissarmy.data.loading.batches import Collate
 from swissarmy.data.prepare import CreateDataset
-from swissarmy.data.samples.examples import Encoder
+from swissarmy.data.samples.function_encoder import Encode
 from swissarmy.data.tokenizer import Tokenizer
 from swissarmy.training.callbacks.base import Callback, Evaluation, Run
 from swissarmy.training.callbacks.early_stop import EarlyStop
@@ -87,7 +87,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     tokenizer: Tokenizer | None = None,
-    encode: Encoder | None = None,
+    encode: Encode | None = None,
     collate: Collate | None = None,
     weights: Weights | None = None,
 ) -> TrainResult:
@@ -104,7 +104,8 @@ def train(
         config: Everything else. A resolved copy is written to the run's folder.
         callbacks: What else is to happen; they come before the stock ones.
         tokenizer: Makes ids, where records are text; it is kept beside the final model.
-        encode: Makes a sample of a record, instead of the encoder that the config describes.
+        encode: Makes a sample of a record, instead of the encoder that the config describes; a function of the record
+            will do.
         collate: Makes a batch of samples, instead of the collator that the config describes.
         weights: Fills a model on the meta device, after it was sharded.
 

@@ -7,7 +7,7 @@ Nothing is shifted here or in the batch; whoever computes the loss pairs `logits
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ class Cut(NamedTuple):
         return slice(self.max_length) if self.side == "right" else slice(max(0, length - self.max_length), None)
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """From a record to a sample. Frozen and picklable: it travels to workers."""
 
