@@ -128,6 +128,8 @@ class TrainOptions(TrainConfig, ModelChoice):
         """What the config and the choice of the model have to say."""
         yield from (problem for problem in TrainConfig.problems(self) if not (self.dry_run and problem == NO_DATA))
         yield from ModelChoice.problems(self)
+        if not self.dry_run and (self.world_size != 1 or self.json):
+            yield "world_size and json are of a dry run: add dry_run, or leave them out."
         if self.world_size < 1:
             yield f"world_size={self.world_size} must be at least 1."
         if self.quantize is not None and self.shard * self.sharing_size > 1:

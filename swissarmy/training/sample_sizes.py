@@ -30,6 +30,10 @@ def _tokens(config: ConfigT, parts: Sequence[BaseModel]) -> ConfigT:
     """Positions of another kind than a table go on beyond what the model was made for, where that is asked for."""
     if config.sequence_length is None:
         longest = min(part.config.max_sequence_length - part.positions_before for part in parts)
+        if longest < 1:
+            raise ConfigError(
+                "the model's prompts take all its positions, and leave none to samples: make them shorter."
+            )
         return config.replace(sequence_length=longest)
     tables = ((part, table) for part in parts if (table := _mixin(part, LearnedPositionsMixin)) is not None)
     longest = min((table.longest - part.positions_before for part, table in tables), default=config.sequence_length)

@@ -43,6 +43,13 @@ def test_the_positions_of_a_prompt_are_not_for_samples() -> None:
         sized_for(CONFIG.replace(sequence_length=61), model)
 
 
+def test_a_prompt_that_leaves_no_position_is_refused() -> None:
+    model = model_of()
+    model.add_mixin("prompt", PromptTuningMixin.for_model(model, prompt_len=64).double())
+    with pytest.raises(ConfigError, match="the model's prompts take all its positions"):
+        sized_for(CONFIG, model)
+
+
 @pytest.mark.parametrize(("family", "longest"), [("gpt2", 64), ("roberta", 62), ("bert", 64)])
 def test_more_than_there_are_positions_in_a_table_is_refused(family: str, longest: int) -> None:
     with pytest.raises(ConfigError, match=f"sequence_length=65, and the model has {longest} positions"):
@@ -64,6 +71,7 @@ def test_longer_records_are_cut_and_the_run_says_at_what(tmp_path: Path) -> None
 
     train(model_of(), watched, lambda path, config: LongRows(), config)
     assert set(seen) == {64}
+    assert "samples: at most 64 tokens\n" in (tmp_path / "run" / "log.txt").read_text()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["sequence_length"] == 64
 
 

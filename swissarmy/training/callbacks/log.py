@@ -246,6 +246,8 @@ def _opening(run: Run) -> Iterator[str]:
     live = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     processes = f"{run.ranks.world_size} process{'es'[: 2 * (run.ranks.world_size != 1)]}"
     yield f"{run.folder}: {total:,} parameters, of which {live:,} train, on {processes} ({run.ranks.device.type})"
+    if run.config.sequence_length is not None:
+        yield f"samples: at most {run.config.sequence_length:,} tokens"
     yield from run.loaders.plan
     if run.step:
         yield f"resumed after step {run.step:,}"

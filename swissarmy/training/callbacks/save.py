@@ -63,5 +63,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> None:
     if checkpoints.resume(state) is not None:
         run.step = state.step
         run.load_state_dict(state.extra)
+        if run.step > run.train_iters:
+            _LOG.warning("%s is at step %d, beyond its new last step %d", run.folder, run.step, run.train_iters)
     elif (run.folder / METRICS).exists():
         _LOG.warning("%s holds a run without a checkpoint to resume from: it begins anew", run.folder)
