@@ -182,7 +182,7 @@ def _shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
-        return "a list"
+        return f"a list of {len(node.value)}"
     value = scalar_value(node)
     text = node.value if len(node.value) <= 40 else f"{node.value[:40]}..."
     return "null" if value is None else f"{_NAMES[type(value)]} ({text!r})" if isinstance(value, bool) else repr(text)
