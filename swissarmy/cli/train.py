@@ -1,5 +1,6 @@
 """`sat train`: a model, data and a config in; a run's folder with the trained model out."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from swissarmy.cli import output
@@ -27,23 +28,26 @@ def _train(options: "TrainOptions") -> int:
     from swissarmy.training.checkpoint.lock import RunLock
     from swissarmy.training.folder import check_folder
     from swissarmy.training.ranks import Ranks
+    from swissarmy.training.sample_sizes import sized_for
     from swissarmy.training.steps import STEPS
     from swissarmy.training.train import train
 
     RunLock(options.output, Ranks()).check_free()
-    check_folder(options)  # what is wrong at a glance is told before a model is loaded
+    check_folder(options)
     for path in (*options.train_data, *options.valid_data, *options.test_data):
         check_path(path)
     tokenizer = _tokenizer(options)
-    collate = objective_collator(options.objective, options, tokenizer, options)
+    collate_for = partial(objective_collator, options.objective, tokenizer=tokenizer, options=options)
+    collate_for(data=options)  # all that is wrong so far is told before a model is loaded
     model, weights = find_model(options)
+    config = sized_for(options.with_trainable(list(options.wanted_mixins)).with_record_format(), model)
     result = train(
         model,
         STEPS[options.objective],
         None,
-        options.with_trainable(list(options.wanted_mixins)).with_record_format(),
+        config,
         tokenizer=tokenizer,
-        collate=collate,
+        collate=collate_for(data=config),
         weights=weights,
     )
     return DONE if result.signal is None else 128 + result.signal

@@ -46,7 +46,7 @@ def check_arguments(model: Any, config: Any, callbacks: Sequence[Any], weights: 
 
 
 def _wrong_arguments(model: Any, config: Any, callbacks: Sequence[Any], weights: Weights | None) -> Iterator[str]:
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # torch's name; to ask for its class takes seconds
         yield "the model was compiled as a whole: give the model itself, and compile=True in the config"
     elif not isinstance(model, Model):
         yield f"the model is a {type(model).__name__}: it must be one of this library (sat.BaseModel, sat.load, ...)"

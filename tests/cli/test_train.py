@@ -101,6 +101,16 @@ def test_an_objective_brings_its_step_and_hides_what_it_is_to_find(
     assert 0.05 < record["count"] / record["tokens"] < 0.3
 
 
+def test_a_text_and_its_spans_have_room_in_the_model(sat: Any, flags: list[object], tmp_path: Path, text: Path) -> None:
+    text.write_text("\n".join(line * 9 for line in LINES))
+    marks = ["--mask-token", "z", "--infilling-start-token", "y", "--infilling-end-token", "x"]
+    code, _, err = sat(*flags, "--objective", "blank_infilling", "--no-infilling-block-positions", *marks)
+    assert code == 0, err
+    length = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["sequence_length"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0.8 * length < records[-1]["tokens"] / records[-1]["samples"] <= length == 32
+
+
 @pytest.mark.parametrize(
     "how",
     [
